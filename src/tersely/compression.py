@@ -1,0 +1,428 @@
+"""compress(source, recipe, out): the only loop.
+
+`prepare` reads headers, matches the recipe with the weights, tokenizes the calibration text and estimates the
+cost; nothing is written. `run` does the job. No method, family or format is known here by name.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersely import __version__
+from tersely.calibrate import Sequences, micro_batches, read_text, sequences
+from tersely.checkpoint import Checkpoint, open_checkpoint
+from tersely.codecs.integer import Integers
+from tersely.encoding import Format, Result, encode, encode_free, require_finite, stored_bytes
+from tersely.errors import CheckpointError, OutputError, UsageError
+from tersely.export import compressed_tensors
+from tersely.graph import Graph, Weight, read_graph
+from tersely.measure import Statistics
+from tersely.methods import Encode
+from tersely.plan.cost import SUSPEND_BYTES, Cost, estimate, micro_batch_tokens, suspended_bytes
+from tersely.plan.recipe import Recipe, assign, load_recipe
+from tersely.report import Report, Row
+from tersely.runtime import load_tokenizer
+from tersely.stream import stream
+from tersely.writer import Stored, Writer, clear_work
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share of the job that is done, 0 to 1."""
+_AHEAD_BYTES = 256_000_000
+"""Of the source's blocks that are encoded before they are written."""
+_GROUP_BYTES = 192_000_000
+"""Of a file of several blocks, or of one large tensor, that becomes a shard as it lies."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked job: what will be done, to what, with what, at which cost."""
+
+    checkpoint: Checkpoint
+    graph: Graph
+    recipe: Recipe
+    methods: Mapping[str, Encode]
+    """Stored name -> method."""
+    calibration: str | None
+    data: Sequences | None
+    out: Path
+    format: Format
+    device: torch.device
+    dtype: torch.dtype
+    """In which the calibration runs."""
+    cost: Cost
+
+
+def compress(
+    source: str | Path, recipe: str | Path | Recipe, out: str | Path, *, calibration: str | Path | None = None,
+    format: Format = "compressed-tensors", device: str = "cpu", resume: bool = False, progress: Progress | None = None,
+) -> Report:
+    """Compress a checkpoint into a new folder that engines load; returns what was done.
+
+    source: a folder, or a name on the Hugging Face hub. recipe: a preset's name, a TOML file, or a Recipe.
+    calibration: a text file (documents separated by `<|endoftext|>` lines, or one long text), for recipes that
+    measure. format: "compressed-tensors", or "dense" for an ordinary checkpoint with the compressed values.
+    device: where the calibration and the encoding run. resume: continue a job that was killed.
+
+    Raises the errors of tersely.errors; the source is never touched, and `out` appears only when it is whole.
+    """
+    return run(prepare(source, recipe, out, calibration=calibration, format=format, device=device), resume=resume,
+               progress=progress)
+
+
+def prepare(
+    source: str | Path, recipe: str | Path | Recipe, out: str | Path, *, calibration: str | Path | None = None,
+    format: Format = "compressed-tensors", device: str = "cpu",
+) -> Job:
+    """Check everything that can be checked before work begins, and estimate the cost; writes nothing."""
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    where = _device(device)
+    checkpoint = open_checkpoint(source)
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
+        raise CheckpointError(f"{checkpoint.path} is quantized already ({method}); start from the original checkpoint")
+    graph = read_graph(checkpoint)
+    methods = assign(recipe, graph)
+    if format == "compressed-tensors":
+        compressed_tensors.check(graph, methods)
+    elif format != "dense":
+        raise UsageError(f"format={format!r}: expected 'compressed-tensors' or 'dense'")
+    dtype = _compute_dtype(graph, where)
+    data = None
+    if recipe.needs:
+        if calibration is None:
+            raise UsageError("this recipe measures activations: give it text with --calibration FILE (a few hundred "
+                             "pages like what the model will be used on), or take a data-free preset such as w4a16")
+        tokenizer = load_tokenizer(checkpoint.path)
+        data = sequences(read_text(calibration), tokenizer, context=recipe.calibration.context,
+                         samples=recipe.calibration.samples, seed=recipe.seed, purpose="calibration")
+    elif calibration is not None:
+        raise UsageError(f"--calibration {calibration} has no effect: no step of this recipe measures anything; leave it out, "
+                         "or take a recipe that does, such as w4a16-gptq")
+    cost = estimate(graph, methods, tokens=data.tokens if data else 0, output=_output_bytes(checkpoint, graph, methods, format),
+                    out=Path(out), dtype=dtype, device=where)
+    return Job(checkpoint, graph, recipe, methods, None if calibration is None else str(calibration), data, Path(out), format,
+               where, dtype, cost)
+
+
+def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> Report:
+    """Do a prepared job; see compress."""
+    start = time.perf_counter()
+    job.cost.check(job.out)
+    say = progress or (lambda what, share: None)
+    with _workers() as pool:
+        # Without data the first blocks are encoded while the source is hashed.
+        ahead = _Ahead(pool, job, _groups(job)) if job.data is None and not resume else None
+        facts = {
+            "tersely": __version__,
+            "source": job.checkpoint.sha256(),
+            "recipe": job.recipe.to_dict(),
+            "calibration": None if job.data is None else job.data.sha256,
+            "format": job.format,
+            "compute": f"{job.device.type} {str(job.dtype).removeprefix('torch.')}",
+        }
+        if resume and job.out.is_dir():
+            return _finished(job, facts)
+        writer = Writer(job.out, facts, resume=resume)
+        try:
+            with torch.no_grad():
+                kept = _kept(job, writer)
+                if job.data is None:
+                    undone = {file: units for file, units in _groups(job).items() if not writer.done(file)}
+                    encoded = _unmeasured(job, writer, say, ahead or _Ahead(pool, job, undone))
+                else:
+                    encoded = _measured(job, writer, say)
+                # Small tensors come last, to share a shard with the last blocks.
+                units = sorted([*kept, *encoded], key=lambda unit: (unit == "small", unit not in kept))
+            report = _report(job, [row for unit in units for row in writer.facts(unit)["rows"]])
+            writer.finish(units, _files(job, facts, writer, units, report))
+        finally:
+            writer.close()
+    say("finished", 1.0)
+    return replace(report, seconds=time.perf_counter() - start)
+
+
+def _kept(job: Job, writer: Writer) -> list[str]:
+    """What lies outside the blocks and stays as it is: copied from file to file, large tensors one by one."""
+    names = [w.name for w in job.graph.unit("") if w.name not in job.methods] + list(job.graph.extra)
+    large = [name for name in names if job.checkpoint.spec(name).nbytes >= _GROUP_BYTES]
+    small = [name for name in names if name not in large]
+    groups = {f"large-{n:05d}": [name] for n, name in enumerate(large)} | ({"small": small} if small else {})
+    for unit, own in groups.items():
+        if not writer.done(unit):
+            for name in own:
+                for piece in job.checkpoint.pieces(name):
+                    require_finite(name, piece)
+            specs = {name: job.checkpoint.spec(name) for name in own}
+            stored = {name: Stored(job.checkpoint.path / spec.file, spec) for name, spec in specs.items()}
+            writer.put(unit, stored, {"rows": [], "outcome": {name: [name] for name in own}})
+    return list(groups)
+
+
+def _units(job: Job) -> list[str]:
+    """What is encoded, in order: the blocks, and "" for the head if a step selects it."""
+    return [*job.graph.units, *([""] if any(w.name in job.methods for w in job.graph.unit("")) else [])]
+
+
+def _groups(job: Job) -> dict[str, list[str]]:
+    """File -> blocks that a data-free job writes together: enough of them for a shard that is not written again."""
+    groups: dict[str, list[str]] = {}
+    room = 0
+    for unit in _units(job):
+        if room <= 0:
+            groups[f"blocks-{len(groups):05d}"] = []
+            room = _GROUP_BYTES
+        groups[f"blocks-{len(groups) - 1:05d}"].append(unit)
+        room -= sum(w.spec.nbytes if job.format == "dense" or w.name not in job.methods else
+                    stored_bytes(w, job.methods[w.name]) for w in job.graph.unit(unit))
+    return groups
+
+
+def _unmeasured(job: Job, writer: Writer, say: Progress, ahead: _Ahead) -> Iterator[str]:
+    groups = _groups(job)
+    for number, (file, units) in enumerate(groups.items()):
+        if not writer.done(file):
+            tensors: dict[str, Tensor] = {}
+            rows: list[dict[str, Any]] = []
+            outcome: dict[str, list[str]] = {}
+            for place, unit in enumerate(units):
+                say(unit or "head", (number + place / len(units)) / len(groups))
+                more, facts = next(ahead)
+                tensors |= more
+                rows += facts["rows"]
+                outcome |= facts["outcome"]
+            writer.put(file, tensors, {"rows": rows, "outcome": outcome})
+        yield file
+
+
+class _Ahead(Iterator[tuple[dict[str, Tensor], dict[str, Any]]]):
+    """Blocks encoded by workers, in order, a few ahead of the one that is taken."""
+
+    def __init__(self, pool: ThreadPoolExecutor, job: Job, groups: Mapping[str, Sequence[str]]) -> None:
+        self._pool, self._job = pool, job
+        block = max(sum(w.spec.nbytes for w in job.graph.unit(unit)) for unit in job.graph.units)
+        self._ahead = max(3, _AHEAD_BYTES // block)
+        self._rest = deque(unit for units in groups.values() for unit in units)
+        self._futures: deque[Future[tuple[dict[str, Tensor], dict[str, Any]]]] = deque()
+        self._fill()
+
+    def __next__(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not self._futures:
+            raise StopIteration
+        result = self._futures.popleft().result()
+        self._fill()
+        return result
+
+    def _fill(self) -> None:
+        while self._rest and len(self._futures) < self._ahead:
+            self._futures.append(self._pool.submit(_free_unit, self._job, self._rest.popleft()))
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Two threads for data-free encoding; in them PyTorch starts none of its own, since rounding is bound by memory."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(2, initializer=_alone)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+
+def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
+    """Encode block by block while the calibration text runs through the model, then the head if a step selects it."""
+    assert job.data is not None
+    graph = job.graph
+    files = {unit: f"block-{number:05d}" for number, unit in enumerate(_units(job))}
+    plain = not graph.has_experts
+    batches = micro_batches(job.data, tokens=micro_batch_tokens(graph, job.dtype),
+                            pad=plain and graph.family.auto_class == "CausalLM")
+    padded = sum(b.ids_BL.numel() for b in batches)
+    suspend = plain and suspended_bytes(graph, padded, job.dtype) <= SUSPEND_BYTES
+    measured: dict[str, tuple[str, ...]] = {}
+    for unit, file in files.items():
+        needing = {w.stage for w in graph.unit(unit) if w.name in job.methods and job.methods[w.name].needs}
+        if needing and not writer.done(file):
+            measured[unit] = tuple(s for s in graph.stages(unit) if s in needing)
+    results: dict[str, Result] = {}
+
+    def encoded(unit: str, stage: str | None, statistics: Mapping[str, Statistics]) -> Iterator[tuple[Weight, Tensor]]:
+        """Encode what a stage has measured, or (stage None) what needs no data."""
+        weights = [w for w in graph.unit(unit) if w.name in job.methods
+                   and (w.stage == stage if job.methods[w.name].needs else stage is None)]
+        for weight, part, result in encode(job.checkpoint, weights, job.methods, statistics, job.format, job.device):
+            results[weight.name] = result
+            yield weight, part.decode()
+
+    def replaced(unit: str) -> Mapping[str, Tensor]:
+        """A finished block runs with what was written; of a new one, the weights that need no data come first."""
+        results.clear()
+        if writer.done(files[unit]):
+            return _decoded_unit(job, writer, files[unit], unit)
+        return {weight.name: decoded for weight, decoded in encoded(unit, None, {})}
+
+    total = sum(len(stages) for stages in measured.values())
+    steps = 0
+    if measured:
+        for stop in stream(job.checkpoint, graph, batches, measured=measured, replaced=replaced, dtype=job.dtype,
+                           device=job.device, suspend=suspend):
+            if stop.stage is not None:
+                say(f"{stop.unit or 'head'} {stop.stage}", steps / total)
+                steps += 1
+                for weight, decoded in encoded(stop.unit, stop.stage, stop.statistics):
+                    stop.replace(weight, decoded)
+            if (stop.stage is None or not stop.unit) and not writer.done(files[stop.unit]):
+                writer.put(files[stop.unit], *_unit(job, stop.unit, results))
+    for unit, file in files.items():
+        if not writer.done(file):
+            writer.put(file, *_free_unit(job, unit))
+        yield file
+
+
+def _free_unit(job: Job, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weights = [w for w in job.graph.unit(unit) if w.name in job.methods]
+    results = {w.name: encode_free(job.checkpoint, w, job.methods[w.name], job.format, job.device) for w in weights}
+    return _unit(job, unit, results)
+
+
+def _unit(job: Job, unit: str, results: Mapping[str, Result]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is written of one unit: encoded weights, and all others of a block as they are; and the facts of it."""
+    tensors: dict[str, Tensor] = {}
+    outcome: dict[str, list[str]] = {}
+    for weight in job.graph.unit(unit):
+        if weight.name in results:
+            stored = results[weight.name].stored
+        elif unit:
+            stored = {weight.name: require_finite(weight.name, job.checkpoint[weight.name])}
+        else:
+            continue
+        tensors.update(stored)
+        outcome[weight.name] = sorted(stored)
+    rows = [vars(results[w.name].row) for w in job.graph.unit(unit) if w.name in results]
+    return tensors, {"rows": rows, "outcome": outcome}
+
+
+def _decoded_unit(job: Job, writer: Writer, name: str, unit: str) -> dict[str, Tensor]:
+    """The weights of a finished unit as they ran when it was made."""
+    tensors = writer.tensors(name)
+    decoded = {}
+    for weight in job.graph.unit(unit):
+        if weight.name not in job.methods:
+            continue
+        if job.format == "dense":
+            decoded[weight.name] = tensors[weight.name].t() if weight.transposed else tensors[weight.name]
+        else:
+            prefix = weight.name.removesuffix("weight")
+            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix + "weight_")}
+            decoded[weight.name] = Integers.from_tensors(own, job.methods[weight.name].bits).decode()
+    return decoded
+
+
+def _files(job: Job, facts: Mapping[str, Any], writer: Writer, units: Sequence[str], report: Report) -> dict[str, Any]:
+    config = dict(job.checkpoint.config)
+    if job.format == "compressed-tensors":
+        config["quantization_config"] = compressed_tensors.quantization_config(job.graph, job.methods)
+    if job.graph.tied and any(job.graph.weight(n).role == "head" for n in job.methods):
+        config["tie_word_embeddings"] = False
+    outcome = {name: stored for unit in units for name, stored in writer.facts(unit)["outcome"].items()}
+    manifest = {
+        "tersely": __version__,
+        "versions": {p: version(p) for p in ("torch", "transformers", "compressed-tensors")} | {"python": platform.python_version()},
+        "source": {"name": job.checkpoint.source, "files": facts["source"]},
+        "job": {k: v for k, v in facts.items() if k != "source"},
+        "recipe_hash": job.recipe.hash,
+        "seed": job.recipe.seed,
+        "data": report.calibration,
+        "tensors": outcome,
+        "left_behind": list(job.checkpoint.left_behind),
+    }
+    carried = {name: job.checkpoint.path / name for name in job.checkpoint.companions
+               if name not in ("recipe.toml", "report.json", "manifest.json")}
+
+    def seal(hashes: Mapping[str, str]) -> bytes:
+        return _json({**manifest, "files": dict(sorted(hashes.items()))})
+
+    return {**carried, "config.json": _json(config), "recipe.toml": job.recipe.to_toml().encode(),
+            "report.json": report.to_json().encode(), "manifest.json": seal}
+
+
+def _report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
+    rows = tuple(Row(**row) for row in plain)
+    before = sum(job.checkpoint.spec(n).nbytes for n in job.checkpoint)
+    after = before - sum(r.bytes_before - r.bytes_after for r in rows)
+    parameters = sum(job.checkpoint.spec(n).nbytes // job.checkpoint.spec(n).dtype.itemsize for n in job.checkpoint)
+    data = None
+    if job.data is not None:
+        data = {"name": job.calibration, "sha256": job.data.sha256, "kind": job.data.kind, "sequences": len(job.data.ids),
+                "tokens": job.data.tokens}
+    notes = [f"{r.name}: {r.note}" for r in rows if r.note]
+    notes += [f"{n} is stored but not read by the model; carried over" for n in job.graph.extra]
+    notes += [f"{n} was left behind" for n in job.checkpoint.left_behind]
+    return Report(source=job.checkpoint.source, out=str(job.out), format=job.format, recipe=job.recipe.to_dict(),
+                  calibration=data, rows=rows, bytes_before=before, bytes_after=after, parameters=parameters, notes=tuple(notes))
+
+
+def _finished(job: Job, facts: Mapping[str, Any]) -> Report:
+    """`--resume` of a job whose folder is whole already."""
+    try:
+        manifest = json.loads((job.out / "manifest.json").read_text("utf-8"))
+        plain = json.loads((job.out / "report.json").read_text("utf-8"))
+        same = manifest["job"] == {k: v for k, v in facts.items() if k != "source"} and manifest["source"]["files"] == facts["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise OutputError(f"{job.out} exists and is not the result of this job; choose another folder, or move it away")
+    clear_work(job.out)
+    rows = tuple(Row(**{k: v for k, v in row.items() if k != "bits"}) for row in plain.pop("rows"))
+    return Report(**{**plain, "out": str(job.out), "rows": rows, "notes": tuple(plain["notes"])})
+
+
+def _output_bytes(checkpoint: Checkpoint, graph: Graph, methods: Mapping[str, Encode], format: Format) -> int:
+    total = sum(checkpoint.spec(n).nbytes for n in checkpoint)
+    if format == "dense":
+        return total
+    return total - sum(graph.weight(n).spec.nbytes - stored_bytes(graph.weight(n), m) for n, m in methods.items())
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
+    return device
+
+
+def _compute_dtype(graph: Graph, device: torch.device) -> torch.dtype:
+    """The checkpoint's own dtype; float32 instead of float16 on a CPU, which has no fast half precision."""
+    stored = next((w.spec.dtype for w in graph.weights if w.kind == "linear"), torch.float32)
+    if not stored.is_floating_point or stored.itemsize < 2 or (stored == torch.float16 and device.type == "cpu"):
+        return torch.float32
+    return stored
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,41 @@
+"""Every compression method, one file each. A new method is one file and one line in METHODS."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from tersely.codecs import Encoded
+from tersely.measure import Statistics
+from tersely.methods.encode.gptq import GPTQ
+from tersely.methods.encode.rtn import RTN
+
+__all__ = ["METHODS", "Encode"]
+
+
+class Encode(Protocol):
+    """Store a weight in fewer bits. A frozen dataclass whose fields are its hyper-parameters.
+
+    `__call__` is pure: no model, no files, no device moves. The outputs (rows) of a weight are independent of one
+    another, so that the engine may stack weights that share their inputs and statistics.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    """What the engine must measure: "gram"."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    def check(self, columns: int) -> None:
+        """UsageError where a weight with this number of inputs cannot be taken."""
+        ...
+
+    def __call__(self, weight_OI: Tensor, stats: Statistics) -> Encoded:
+        """Encode a weight, (outputs, inputs), in its stored dtype."""
+        ...
+
+
+METHODS: tuple[type[Encode], ...] = (RTN, GPTQ)

@@ -1,0 +1,170 @@
+"""What a job will use: memory, disk and time, said before it starts.
+
+The model of the peak is: the interpreter with its libraries, one block, the hidden states of all calibration
+sequences, one micro-batch inside a block, the largest Gram matrix with the copy that is factorized, and the
+weights that are encoded together. Times come from counts of floating point operations and a short measurement
+of this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from tersely.errors import ResourceError
+from tersely.graph import Graph, Weight
+from tersely.methods import Encode
+
+SUSPEND_BYTES = 512 << 20
+"""Up to this size, intermediate activations of all micro-batches are held so that each block runs once."""
+_MICRO_BYTES = 64 << 20
+_LIBRARIES = 280 << 20
+_LIBRARIES_MEASURED = 520 << 20
+_IMPORT_SECONDS = (1.5, 4.5)
+_DISK_RATE = 600e6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and seconds that a job is expected to use at most, and what the machine has."""
+
+    memory: int
+    disk: int
+    seconds: float
+    memory_available: int
+    disk_available: int
+    output: int
+    """Bytes of the finished weights."""
+    device_memory: int = 0
+    """Of `memory`'s parts, those that lie on the accelerator instead."""
+
+    def check(self, out: Path) -> None:
+        """ResourceError where the job cannot fit."""
+        if self.memory > self.memory_available:
+            raise ResourceError(f"the job needs about {size(self.memory)} of memory, and {size(self.memory_available)} are free; "
+                                "lower --set calibration.samples or --set calibration.context, or use a machine with more")
+        if self.disk > self.disk_available:
+            raise ResourceError(f"the job needs about {size(self.disk)} of disk at {out.parent}, and "
+                                f"{size(self.disk_available)} are free; make room or choose another folder")
+
+
+def micro_batch_tokens(graph: Graph, dtype: torch.dtype) -> int:
+    """Tokens of a micro-batch: as many as keep its widest activations within 64 MB, 512 to 8192."""
+    widest = max(w.columns for w in graph.weights if w.kind == "linear")
+    return max(512, min(8192, _MICRO_BYTES // (4 * widest * dtype.itemsize)))
+
+
+def suspended_bytes(graph: Graph, tokens: int, dtype: torch.dtype) -> int:
+    """Intermediate activations of all micro-batches while they wait inside a block."""
+    first = graph.unit(graph.units[0])
+    inner = max(w.columns for w in first if w.kind == "linear")
+    return tokens * (4 * graph.sizes["residual"] + inner) * dtype.itemsize
+
+
+def estimate(
+    graph: Graph, methods: Mapping[str, Encode], *, tokens: int, output: int, out: Path, dtype: torch.dtype,
+    device: torch.device,
+) -> Cost:
+    """Expected peak and duration of a job; `tokens` of calibration text (0: none), `output` bytes of weights."""
+    blocks = [graph.unit(u) for u in graph.units]
+    numel = {u: sum(_numel(w) for w in graph.unit(u)) for u in graph.units}
+    copied = max((w.spec.nbytes for w in graph.weights if w.name not in methods), default=0)
+    stages = [[w for w in block if w.name in methods and w.stage == s] for u, block in zip(graph.units, blocks, strict=True)
+              for s in graph.stages(u)]
+    encoded = max((_stage_bytes(ws) for ws in stages if ws), default=0)
+    gemm = _flops_per_second(device)
+    parameters = sum(_numel(graph.weight(n)) for n in methods)
+    seconds = _IMPORT_SECONDS[0] + parameters * 4e-9 + output / _DISK_RATE + _searches(graph, methods)
+    memory, on_device = _LIBRARIES + max(encoded, copied), 0
+    if tokens:
+        measured = [w for w in graph.weights if w.name in methods and "gram" in methods[w.name].needs]
+        columns = max((w.columns for w in measured), default=0)
+        hidden = 2 * tokens * graph.sizes["residual"] * dtype.itemsize
+        suspended = suspended_bytes(graph, tokens, dtype)
+        held = suspended if suspended <= SUSPEND_BYTES and not graph.has_experts else 0
+        inside = 8 * _MICRO_BYTES // 4
+        experts = _expert_grams(graph, methods)
+        grams = max(4 * columns * columns * 2, experts)
+        working = max(numel.values()) * dtype.itemsize + hidden + max(held, inside) + grams + encoded
+        lookup = tokens * graph.sizes["residual"] * 8
+        memory = _LIBRARIES_MEASURED + max(working, lookup, copied)
+        on_device = working if device.type != "cpu" else 0
+        forward = sum(2 * tokens * n for n in numel.values()) * (1.1 if held else 2.3)
+        gram_flops = sum(1.3 * tokens * c * c for block in blocks
+                         for c in {w.statistics: w.columns for w in block if w in measured}.values())
+        sweep = sum(2.0 * _numel(w) * w.columns + w.columns**3 / 3 for w in measured)
+        loops = sum(c for block in blocks for c in {w.statistics: w.columns for w in block if w in measured}.values())
+        seconds += _IMPORT_SECONDS[1] - _IMPORT_SECONDS[0] + (forward + gram_flops + sweep) * 1.4 / gemm + loops * 40e-6
+    # Units lie beside the folder that is put together from them until it is whole.
+    disk = 2 * output
+    return Cost(memory, disk, seconds, psutil.virtual_memory().available, _free(out), output, on_device)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 2 min 05 s."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _numel(weight: Weight) -> int:
+    return weight.spec.nbytes // weight.spec.dtype.itemsize
+
+
+def _stage_bytes(weights: list[Weight]) -> int:
+    """The weights that are stacked, in float32 with two working copies, and their codes."""
+    return max(sum(_numel(w) for w in weights if w.statistics == s) for s in {w.statistics for w in weights}) * 13
+
+
+def _expert_grams(graph: Graph, methods: Mapping[str, Encode]) -> int:
+    largest = 0
+    for unit in graph.units:
+        per_stage: dict[str, dict[str, int]] = {}
+        for w in graph.unit(unit):
+            if w.expert is not None and w.name in methods and "gram" in methods[w.name].needs:
+                per_stage.setdefault(w.stage, {})[w.statistics] = 4 * w.columns * w.columns
+        largest = max([largest, *(sum(s.values()) + max(s.values()) for s in per_stage.values())])
+    return largest
+
+
+def _searches(graph: Graph, methods: Mapping[str, Encode]) -> float:
+    return sum(_numel(graph.weight(n)) * 80 * 4e-9 for n, m in methods.items() if getattr(m, "clip", "none") == "mse")
+
+
+def _flops_per_second(device: torch.device) -> float:
+    a = torch.randn(768, 768, device=device)
+    a @ a
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(4):
+        b = a @ a
+    float(b[0, 0])
+    return 4 * 2 * 768**3 / max(time.perf_counter() - start, 1e-6)
+
+
+def _free(out: Path) -> int:
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free if os.access(folder, os.R_OK) else 0

@@ -1,0 +1,280 @@
+"""A recipe says what is done to which weights; TOML and the dataclass map to each other exactly.
+
+    seed = 0
+
+    [calibration]
+    samples = 128
+    context = 2048
+
+    [[steps]]
+    where  = "linear"
+    method = "gptq"
+    bits   = 4
+    group  = 128
+
+A weight that several steps select takes the last of them. A step that ends with no weight, a key that does not
+exist and a value of another type are errors: nothing in a recipe is without effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tersely.errors import UsageError
+from tersely.graph import Graph
+from tersely.methods import METHODS, Encode
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much text is measured: `samples` sequences of at most `context` tokens."""
+
+    samples: int = 128
+    context: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UsageError(f"calibration.samples={self.samples}: at least 1 is expected")
+        if self.context < 2:
+            raise UsageError(f"calibration.context={self.context}: at least 2 tokens are expected")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method on the weights that a `where` pattern selects (patterns: Graph.select)."""
+
+    where: str
+    method: Encode
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps in order; what they are calibrated on; the seed of every choice made by chance."""
+
+    steps: tuple[Step, ...]
+    calibration: Calibration = field(default_factory=Calibration)
+    seed: int = 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be measured on calibration text; empty for data-free recipes."""
+        return frozenset(need for step in self.steps for need in step.method.needs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every default written out."""
+        steps = [{"where": s.where, "method": s.method.name, **dataclasses.asdict(s.method)}  # type: ignore[call-overload]
+                 for s in self.steps]
+        calibration = {"calibration": dataclasses.asdict(self.calibration)} if self.needs else {}
+        return {"seed": self.seed, **calibration, "steps": steps}
+
+    def to_toml(self) -> str:
+        """The TOML text that `recipe_from_toml` reads back as an equal recipe."""
+        plain = self.to_dict()
+        lines = [f"seed = {self.seed}"]
+        if "calibration" in plain:
+            lines += ["", "[calibration]", *(f"{k} = {_toml(v)}" for k, v in plain["calibration"].items())]
+        for step in plain["steps"]:
+            lines += ["", "[[steps]]", *(f"{k} = {_toml(v)}" for k, v in step.items())]
+        return "\n".join(lines) + "\n"
+
+    @property
+    def hash(self) -> str:
+        """Names the recipe: the first 16 hex digits of the SHA-256 of its plain values."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recipe_from_toml(text: str, source: str = "recipe") -> Recipe:
+    """Read a recipe; UsageError names the key that is wrong and those that exist."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source} is not TOML: {error}") from error
+    _known(raw, ("seed", "calibration", "steps"), source)
+    calibration = raw.get("calibration", {})
+    _typed({"calibration": calibration}, {"calibration": dict}, source)
+    hints = {"samples": int, "context": int}
+    _known(calibration, tuple(hints), f"{source}, [calibration]")
+    _typed(calibration, hints, f"{source}, [calibration]")
+    _typed(raw, {"seed": int}, source)
+    steps = raw.get("steps")
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
+        raise UsageError(f"{source} has no [[steps]]: at least one, with `where` and `method`, is expected")
+    recipe = Recipe(tuple(_step(s, f"{source}, step {i + 1}") for i, s in enumerate(steps)),
+                    Calibration(**calibration), raw.get("seed", 0))
+    if calibration and not recipe.needs:
+        raise UsageError(f"{source}: [calibration] has no effect: no step measures anything; remove it")
+    return recipe
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A preset by name or a TOML file by path, with `key=value` overrides.
+
+    `group=64` sets the field in every step that has it, `steps.1.bits=8` in the second one only,
+    `calibration.samples=64` and `seed=1` what their names say. UsageError for an override without effect.
+    """
+    recipe = _find(str(name))
+    raw = recipe.to_dict()
+    raw.setdefault("calibration", {})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"--set {override}: expected key=value, such as --set group=64")
+        value = _value(text.strip())
+        _override(raw, key, value, override)
+    if not raw["calibration"]:
+        del raw["calibration"]
+    return _from_plain(raw, str(name))
+
+
+def presets() -> Mapping[str, str]:
+    """Name -> TOML text of every preset in the package."""
+    folder = resources.files("tersely.plan") / "presets"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): f.read_text("utf-8") for f in files}
+
+
+def assign(recipe: Recipe, graph: Graph) -> dict[str, Encode]:
+    """Stored name -> method, for every weight that a step selects; checked against the weights' shapes.
+
+    UsageError for a pattern that selects nothing, a step of which nothing is left, and a width that a method
+    cannot take, with the weight named.
+    """
+    chosen: dict[str, int] = {}
+    for number, step in enumerate(recipe.steps):
+        for weight in graph.select(step.where):
+            chosen[weight.name] = number
+    for number, step in enumerate(recipe.steps):
+        if number not in chosen.values():
+            raise UsageError(f"step {number + 1} (where = {step.where!r}) has no effect: later steps select all of its "
+                             "weights; remove it, or put it after them")
+    for name, number in chosen.items():
+        weight = graph.weight(name)
+        try:
+            recipe.steps[number].method.check(weight.columns)
+        except UsageError as error:
+            place = f"{weight.path}, block {weight.block}" if weight.block is not None else weight.path
+            raise UsageError(f"{error} ({place})") from error
+    return {name: recipe.steps[number].method for name, number in chosen.items()}
+
+
+def _find(name: str) -> Recipe:
+    known = presets()
+    if name in known:
+        return recipe_from_toml(known[name], name)
+    path = Path(name)
+    if path.suffix != ".toml":
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(f"no recipe named {name!r}: {hint}presets are {', '.join(known)}; a recipe of your own is a file "
+                         "that ends in .toml")
+    try:
+        return recipe_from_toml(path.read_text("utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe {name} cannot be read: {error}") from error
+
+
+def _from_plain(raw: Mapping[str, Any], source: str) -> Recipe:
+    steps = tuple(_step(s, f"{source}, step {i + 1}") for i, s in enumerate(raw["steps"]))
+    _typed(raw, {"seed": int}, source)
+    calibration = raw.get("calibration", {})
+    hints = {"samples": int, "context": int}
+    _typed(calibration, hints, f"{source}, [calibration]")
+    return Recipe(steps, Calibration(**calibration), raw["seed"])
+
+
+def _step(raw: Mapping[str, Any], source: str) -> Step:
+    for key in ("where", "method"):
+        if not isinstance(raw.get(key), str):
+            raise UsageError(f"{source} has no {key!r}: every step needs `where` and `method`")
+    methods = {m.name: m for m in METHODS}
+    if raw["method"] not in methods:
+        near = difflib.get_close_matches(raw["method"], methods, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"{source}: no method named {raw['method']!r}; {hint}methods are {', '.join(methods)}")
+    method = methods[raw["method"]]
+    settings = {k: v for k, v in raw.items() if k not in ("where", "method")}
+    hints = method_fields(method)
+    _known(settings, tuple(hints), f"{source} ({method.name})")
+    _typed(settings, hints, f"{source} ({method.name})")
+    return Step(raw["where"], method(**settings))
+
+
+def method_fields(method: type[Encode]) -> dict[str, Any]:
+    """Name -> type of the hyper-parameters of a method."""
+    hints = get_type_hints(method)
+    return {f.name: hints[f.name] for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+
+
+def _override(raw: dict[str, Any], key: str, value: Any, text: str) -> None:
+    first, *rest = key.split(".")
+    if first == "seed" and not rest:
+        raw["seed"] = value
+    elif first == "calibration" and len(rest) == 1:
+        if not raw["calibration"]:
+            raise UsageError(f"--set {text} has no effect: no step of this recipe measures anything")
+        _known({rest[0]: value}, tuple(raw["calibration"]), f"--set {text}")
+        raw["calibration"][rest[0]] = value
+    elif first == "steps" and len(rest) == 2 and rest[0].isdigit():
+        number = int(rest[0])
+        if number >= len(raw["steps"]):
+            raise UsageError(f"--set {text}: the recipe has steps 0 to {len(raw['steps']) - 1}")
+        _known({rest[1]: value}, tuple(raw["steps"][number]), f"--set {text}")
+        raw["steps"][number][rest[1]] = value
+    elif rest:
+        raise UsageError(f"--set {text}: expected a setting of the steps (group=64), steps.N.setting, "
+                         "calibration.setting or seed")
+    else:
+        hit = [s for s in raw["steps"] if key in s and key != "method"]
+        if not hit:
+            known = sorted({k for s in raw["steps"] for k in s if k != "method"} | {"seed"})
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(f"--set {text} has no effect: no step of this recipe has {key!r}; {hint}settings are "
+                             f"{', '.join(known)}")
+        for step in hit:
+            step[key] = value
+
+
+def _known(given: Mapping[str, Any], known: Sequence[str], source: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UsageError(f"{source}: no setting named {key!r}; {hint}settings are {', '.join(known)}")
+
+
+def _typed(given: Mapping[str, Any], hints: Mapping[str, Any], source: str) -> None:
+    for key, value in given.items():
+        hint = hints.get(key)
+        if hint is None:
+            continue
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise UsageError(f"{source}: {key} = {value!r}; expected {' or '.join(map(repr, get_args(hint)))}")
+            continue
+        fits = isinstance(value, hint) or (hint is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and hint is not bool):
+            raise UsageError(f"{source}: {key} = {value!r}; expected {'a table' if hint is dict else hint.__name__}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

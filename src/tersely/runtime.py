@@ -1,0 +1,260 @@
+"""Load a checkpoint folder with plain transformers and run it. Imports transformers only when called."""
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from logging import ERROR
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from tersely.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Kind = Literal["causal", "masked", "seq2seq"]
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint folder; code in the folder never runs.
+
+    Raises CheckpointError: no such folder, no tokenizer in it, or one that transformers cannot read.
+    """
+    from transformers import AutoTokenizer
+
+    read_config(path)
+    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(
+            f"{path}: no tokenizer.json or tokenizer_config.json; copy the tokenizer's files in"
+        )
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def load_model(
+    path: str | Path, *, device: str = "cpu", dtype: Literal["auto"] | torch.dtype = "auto"
+) -> "PreTrainedModel":
+    """The model of a checkpoint folder, in eval mode, as plain transformers loads it.
+
+    dtype: of the dense weights; "auto" is what the checkpoint says. compressed-tensors weights are
+    decompressed by their own library here, so that the first use is as fast as the next. Only safetensors
+    are read, no code in the folder runs, nothing is downloaded.
+
+    Raises CheckpointError: missing or corrupt, an architecture that is none of causal, masked and seq2seq
+    language models, or weights that are missing, left over or of a wrong shape.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    kind = model_kind(path)
+    loaders = {
+        "causal": AutoModelForCausalLM,
+        "masked": AutoModelForMaskedLM,
+        "seq2seq": AutoModelForSeq2SeqLM,
+    }
+    placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+    with quiet():
+        try:
+            model, info = loaders[kind].from_pretrained(
+                str(path),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that they are named in info, and refused below
+                output_loading_info=True,
+                **placed,
+            )
+        except Exception as error:
+            raise CheckpointError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
+        _require_complete(path, info)
+        model.eval()
+        if hasattr(model, "ct_decompress_hook"):
+            _decompress(model, kind)
+    return model  # type: ignore[no-any-return]
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: Literal["auto"] | torch.dtype = "auto",
+    stream: Callable[[str], None] | None = None,
+) -> str:
+    """Continue a prompt; gives the new text only, without special tokens.
+
+    temperature 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature)
+    over the whole vocabulary, by `seed`. stream is called with each new piece of text; joined, they are the
+    result. Ends at the model's end token or after `max_new_tokens`. Raises UsageError: not a causal language
+    model, a bad number, or more tokens than the model has positions; CheckpointError as in `load_model`.
+    """
+    import transformers
+
+    if model_kind(path) != "causal":
+        raise UsageError(f"{path}: only causal language models generate, this one is {model_kind(path)}")
+    if max_new_tokens < 1 or temperature < 0:
+        raise UsageError(
+            f"max_new_tokens={max_new_tokens}, temperature={temperature}: expected 1 or more and 0 or more"
+        )
+    new_config: Any = transformers.GenerationConfig  # untyped in transformers
+    tokenizer = load_tokenizer(path)
+    model: Any = load_model(path, device=device, dtype=dtype)
+    ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device=device, dtype=torch.int64)
+    if ids_BL.shape[1] == 0:
+        raise UsageError("the prompt has no tokens; give at least one word")
+    positions = max_positions(model.config)
+    if positions is not None and ids_BL.shape[1] + max_new_tokens > positions:
+        raise UsageError(
+            f"a prompt of {ids_BL.shape[1]} tokens and {max_new_tokens} new ones exceed the "
+            f"model's {positions} positions; shorten the prompt or lower max_new_tokens"
+        )
+    ends = model.generation_config.eos_token_id
+    settings: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    config = new_config(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=ends[0] if isinstance(ends, list) else ends,
+        **settings,
+    )
+    model.generation_config = new_config()
+    text = _Text(tokenizer, stream)
+    with quiet(), torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.generate(
+            ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=config, streamer=text
+        )
+    return text.whole
+
+
+class _Text:
+    """What generate hands its tokens to: puts them together, passes on what no later token changes."""
+
+    def __init__(self, tokenizer: Any, stream: Callable[[str], None] | None) -> None:
+        self.whole = ""
+        self._tokenizer, self._stream = tokenizer, stream
+        self._ids: list[int] | None = None
+
+    def put(self, ids: Tensor) -> None:
+        """Take the next tokens; the first call brings the prompt, which is not part of the text."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += ids.flatten().tolist()
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # a character whose last bytes have not come yet
+            self._pass_on(text)
+
+    def end(self) -> None:
+        """Pass on what is left."""
+        self._pass_on(self._tokenizer.decode(self._ids or [], skip_special_tokens=True))
+
+    def _pass_on(self, text: str) -> None:
+        piece, self.whole = text[len(self.whole) :], text
+        if self._stream is not None and piece:
+            self._stream(piece)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises CheckpointError: no such file, or not an object."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: not readable as JSON ({error}); fetch the checkpoint again"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected a JSON object; fetch the checkpoint again")
+    return config
+
+
+def model_kind(path: str | Path) -> Kind:
+    """Which kind of language model the `architectures` of a checkpoint's config name.
+
+    Raises CheckpointError: none is named, or one that transformers does not know as a language model.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    names = read_config(path).get("architectures") or []
+    kinds: dict[Kind, Any] = {
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
+    for kind, mapping in kinds.items():
+        if any(name in mapping.values() for name in names):
+            return kind
+    raise CheckpointError(
+        f"{path}: config.json names the architectures {names}; expected a causal, masked or "
+        "sequence-to-sequence language model that transformers knows, such as LlamaForCausalLM"
+    )
+
+
+def max_positions(config: Any) -> int | None:
+    """How many positions a transformers config allows; None where it sets no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence progress bars and log lines of transformers and compressed-tensors; errors and warnings stay.
+
+    compressed-tensors' bars have no switch, so what is written to sys.stderr inside is discarded; warnings
+    raised inside are shown when the block ends.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
+    logging.set_verbosity(ERROR)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(record=True) as caught:
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.set_tqdm_hook(bars)
+        for warning in caught:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _decompress(model: Any, kind: Kind) -> None:
+    """Run one token: compressed-tensors decompresses the weights before a model's first forward."""
+    ids_BL = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    decoder = {"decoder_input_ids": ids_BL} if kind == "seq2seq" else {}
+    with torch.no_grad():
+        model(input_ids=ids_BL, **decoder)
+
+
+def _require_complete(path: str | Path, info: dict[str, Any]) -> None:
+    wrong = {
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "of a wrong shape": {f"{name} {tuple(found)}" for name, found, _ in info["mismatched_keys"]},
+    }
+    for what, keys in wrong.items():
+        if keys:
+            names = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise CheckpointError(f"{path}: weights {what}: {names}; fetch or write the checkpoint again")
+    if info.get("error_msgs"):
+        raise CheckpointError(f"{path}: {info['error_msgs'][0]}; fetch or write the checkpoint again")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -1,0 +1,396 @@
+"""The paged forward: a whole model runs with the weights of one block in memory at a time.
+
+The model is transformers' own, built on the meta device. Every micro-batch runs through its forward once, as a
+*flow*: a thread that runs only when it is told to, and pauses at the entrance of each block, inside it where a
+statistic is complete, and at its exit. So all flows stand at the same place, the block's weights are read from
+the checkpoint, statistics are gathered, weights are replaced by their compressed form, and the next block sees
+what the compressed one gives. There is no copy of any model's forward here, no tracing, and no knowledge of a
+family but what its table says.
+
+What multiplies an activation is recognised by the address of its weight, so that linear layers, GPT-2's Conv1D and
+single experts inside a stacked parameter are one case.
+
+Two ways through a block, bit-equal in their results:
+- suspended: flows wait inside the block with their intermediate activations; the block runs once;
+- repeated: flows run from the block's entrance up to each statistic; only the block's input is held.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from torch.overrides import TorchFunctionMode
+
+from tersely.calibrate import MicroBatch
+from tersely.checkpoint import Checkpoint
+from tersely.errors import CheckpointError
+from tersely.graph import Graph, Weight
+from tersely.measure import Statistics
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A place where every flow stands: before a stage whose statistics are complete, or (stage None) behind a block."""
+
+    unit: str
+    stage: str | None
+    statistics: Mapping[str, Statistics]
+    """By the name of the activations (Weight.statistics)."""
+    replace: Callable[[Weight, Tensor], None]
+    """Put a decoded weight, (outputs, inputs), into the running model."""
+
+
+class _CancelledError(BaseException):
+    """Unwinds a flow that is no longer needed."""
+
+
+class _SeenError(BaseException):
+    """Unwinds a block's forward once the statistics of a stage are complete."""
+
+
+class _Flow:
+    """One micro-batch on its way through the model."""
+
+    def __init__(self, batch: MicroBatch, run: Callable[[MicroBatch], Any]) -> None:
+        self.batch = batch
+        self.result: Any = None
+        self._run = run
+        self._place: tuple[str, str] | None = None
+        self._error: BaseException | None = None
+        self._go, self._still = threading.Semaphore(0), threading.Semaphore(0)
+        self._cancelled = False
+        self._thread = threading.Thread(target=self._main, daemon=True)
+
+    def advance(self) -> tuple[str, str] | None:
+        """Run to the next pause and return where that is; None when the forward has ended."""
+        if self._thread.ident is None:
+            self._thread.start()
+        self._go.release()
+        self._still.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._place
+
+    def pause(self, unit: str, place: str) -> None:
+        """Called inside the flow: wait until it is told to go on."""
+        self._place = (unit, place)
+        self._still.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise _CancelledError
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._thread.ident is not None and self._thread.is_alive():
+            self._go.release()
+            self._thread.join(timeout=5)
+
+    def _main(self) -> None:
+        self._go.acquire()
+        try:
+            with torch.no_grad():
+                self.result = self._run(self.batch)
+        except _CancelledError:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._place = None
+        self._still.release()
+
+
+def stream(
+    checkpoint: Checkpoint,
+    graph: Graph,
+    batches: Sequence[MicroBatch],
+    *,
+    measured: Mapping[str, Sequence[str]],
+    replaced: Callable[[str], Mapping[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+    suspend: bool,
+    logits: list[Tensor] | None = None,
+) -> Iterator[Stop]:
+    """Run all micro-batches through the model, block by block.
+
+    `measured`: unit -> stages before which to stop with complete statistics ("" -> ("head_in",) for the head).
+    `replaced`: called when a block is paged in: stored name -> weight, (outputs, inputs), to use instead of the
+    stored one. `logits`: a list that receives the logits of each micro-batch; without it the run ends behind the last
+    block (or the head's statistics).
+
+    Yields a Stop before each measured stage and behind each block. CheckpointError where the model has a
+    parameter that the checkpoint does not give.
+    """
+    paged = _Paged(checkpoint, graph, measured, dtype, device, suspend)
+    flows = [_Flow(batch, paged.run) for batch in batches]
+    try:
+        for unit in graph.units:
+            paged.meet(flows, unit, "enter")
+            paged.page_in(unit, replaced(unit))
+            for stage in measured.get(unit, ()):
+                paged.meet(flows, unit, stage)
+                yield Stop(unit, stage, paged.take(), paged.replace)
+            paged.meet(flows, unit, "exit")
+            yield Stop(unit, None, {}, paged.replace)
+            paged.page_out(unit)
+        for stage in measured.get("", ()):
+            paged.meet(flows, "", stage)
+            yield Stop("", stage, paged.take(), paged.replace)
+        if logits is not None:
+            paged.with_head = True
+            for flow in flows:
+                paged.flow = flow
+                flow.advance()
+                logits.append(flow.result.logits)
+                flow.result = None
+    finally:
+        for flow in flows:
+            flow.cancel()
+
+
+class _Paged:
+    """The model with its blocks on the meta device, and what is known of the block that is paged in."""
+
+    def __init__(self, checkpoint: Checkpoint, graph: Graph, measured: Mapping[str, Sequence[str]],
+                 dtype: torch.dtype, device: torch.device, suspend: bool) -> None:
+        self.checkpoint, self.graph, self.measured = checkpoint, graph, measured
+        self.dtype, self.device, self.suspend = dtype, device, suspend
+        self.model = build(checkpoint, graph, dtype, device)
+        self.flow: _Flow | None = None
+        self.with_head = False
+        self.sites: dict[int, tuple[Weight, ...]] = {}
+        """Address of a weight in memory -> the stored weights that lie there."""
+        self.places: dict[str, tuple[nn.Parameter, int | None, int]] = {}
+        self.statistics: dict[str, Statistics] = {}
+        self.lookups: dict[int, Weight] = {}
+        self._load_outside()
+        for unit in graph.units:
+            block = self.model.get_submodule(unit)
+            block.forward = self._forward(unit, block)
+
+    def run(self, batch: MicroBatch) -> Any:
+        ids = batch.ids_BL.to(self.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if self.graph.family.auto_class == "Seq2SeqLM":
+            start = self.model.config.decoder_start_token_id
+            inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+        with _Outside(self):
+            return self.model(**inputs)
+
+    def meet(self, flows: Sequence[_Flow], unit: str, place: str) -> None:
+        """Bring every flow to one place."""
+        for flow in flows:
+            self.flow = flow
+            reached = flow.advance()
+            if reached != (unit, place):
+                raise AssertionError(f"a flow stopped at {reached} on its way to {(unit, place)}")
+
+    def take(self) -> Mapping[str, Statistics]:
+        taken, self.statistics = self.statistics, {}
+        return {name: statistics.finish() for name, statistics in taken.items()}
+
+    def page_in(self, unit: str, replaced: Mapping[str, Tensor]) -> None:
+        block = self.model.get_submodule(unit)
+        pieces = self.graph.parameters(unit)
+        for name, meta in dict(block.named_parameters()).items():
+            if name not in pieces:
+                raise CheckpointError(f"{self.checkpoint.path}: the model has a parameter {unit}.{name}, but the checkpoint "
+                                      "has no tensor for it")
+            value = torch.empty(meta.shape, dtype=self.dtype, device=self.device)
+            _set(block, name, nn.Parameter(value, requires_grad=False))
+            for piece in pieces[name]:
+                slot = value if piece.index is None else value[piece.index]
+                target = slot if slot.ndim == 0 else slot[piece.start : piece.start + piece.rows]
+                source = replaced.get(piece.weight.name)
+                if source is None:
+                    source = self.checkpoint[piece.weight.name]
+                elif piece.weight.transposed:
+                    source = source.t()
+                if target.shape != source.shape:
+                    raise CheckpointError(f"{self.checkpoint.path}: {piece.weight.name} has shape {list(source.shape)}, but "
+                                          f"the model built from config.json expects {list(target.shape)}")
+                target.copy_(source)
+                if piece.weight.kind == "linear":
+                    key = slot.data_ptr()
+                    self.sites[key] = (*self.sites.get(key, ()), piece.weight)
+                    self.places[piece.weight.name] = (block.get_parameter(name), piece.index, piece.start)
+
+    def page_out(self, unit: str) -> None:
+        block = self.model.get_submodule(unit)
+        self.sites.clear()
+        self.places.clear()
+        for name, parameter in dict(block.named_parameters()).items():
+            _set(block, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+
+    def replace(self, weight: Weight, decoded_OI: Tensor) -> None:
+        if weight.name not in self.places:
+            return
+        parameter, index, start = self.places[weight.name]
+        stored = decoded_OI.t() if weight.transposed else decoded_OI
+        slot = parameter.data if index is None else parameter.data[index]
+        slot[start : start + stored.shape[0]].copy_(stored)
+
+    def observe(self, weights: Sequence[Weight], x: Tensor) -> None:
+        """Add the input of a weight to the statistics of its activations; padded positions are left out."""
+        assert self.flow is not None
+        keep = self.flow.batch.keep_BL
+        tokens = x.reshape(-1, x.shape[-1])
+        if keep is not None:
+            if tokens.shape[0] != keep.numel():
+                raise AssertionError(f"{weights[0].name} sees {tokens.shape[0]} of {keep.numel()} padded positions")
+            tokens = tokens[keep.reshape(-1).to(tokens.device)]
+        name = weights[0].statistics
+        if name not in self.statistics:
+            self.statistics[name] = Statistics(weights[0].columns, self.device)
+        self.statistics[name].add(tokens)
+
+    def lookup(self, ids: Tensor, weight: Weight) -> Tensor:
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        rows = self.checkpoint.rows(weight.name, unique.cpu())
+        return rows.to(device=self.device, dtype=self.dtype)[inverse]
+
+    def _load_outside(self) -> None:
+        pieces = self.graph.parameters("")
+        blocks = tuple(f"{unit}." for unit in self.graph.units)
+        outside = [(n, p) for n, p in self.model.named_parameters(remove_duplicate=False) if not n.startswith(blocks)]
+        for name, parameter in outside:
+            if name not in pieces:
+                continue
+            weight = pieces[name][0].weight
+            if weight.kind == "lookup" or weight == self.graph.head:
+                self.lookups[id(parameter)] = weight
+            else:
+                value = self.checkpoint[weight.name].to(device=self.device, dtype=self.dtype)
+                if value.shape != parameter.shape:
+                    raise CheckpointError(f"{self.checkpoint.path}: {weight.name} has shape {list(value.shape)}, but the model "
+                                          f"built from config.json expects {list(parameter.shape)}")
+                _set(self.model, name, nn.Parameter(value, requires_grad=False))
+        for name, parameter in outside:
+            if name not in pieces and id(parameter) not in self.lookups and parameter.is_meta:
+                # A tied copy of something that was loaded under its first name is the same module attribute.
+                tied = self.graph.tied and parameter.ndim in (1, 2)
+                if not tied:
+                    raise CheckpointError(f"{self.checkpoint.path}: the model has a parameter {name}, but the checkpoint has no "
+                                          "tensor for it")
+
+    def _forward(self, unit: str, block: nn.Module) -> Callable[..., Any]:
+        own = block.forward
+        stages = tuple(self.measured.get(unit, ()))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            flow = self.flow
+            assert flow is not None
+            flow.pause(unit, "enter")
+            if self.suspend:
+                with _Inside(self, unit, stages, flow):
+                    output = own(*args, **kwargs)
+            else:
+                for stage in stages:
+                    try:
+                        with _Inside(self, unit, (stage,), flow, self._awaited(unit, stage)):
+                            own(*args, **kwargs)
+                    except _SeenError:
+                        pass
+                    flow.pause(unit, stage)
+                output = own(*args, **kwargs)
+            flow.pause(unit, "exit")
+            return output
+
+        return forward
+
+    def _awaited(self, unit: str, stage: str) -> frozenset[str]:
+        return frozenset(w.statistics for w in self.graph.unit(unit) if w.kind == "linear" and w.stage == stage)
+
+
+class _Outside(TorchFunctionMode):
+    """Serves lookups from the checkpoint, and stops a flow at the head."""
+
+    def __init__(self, paged: _Paged) -> None:
+        super().__init__()
+        self.paged = paged
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is embedding and (weight := self.paged.lookups.get(id(args[1]))) is not None:
+            return self.paged.lookup(args[0], weight)
+        if func is linear and (weight := self.paged.lookups.get(id(args[1]))) is not None:
+            flow = self.paged.flow
+            assert flow is not None
+            for stage in self.paged.measured.get("", ()):
+                self.paged.observe((weight,), args[0])
+                flow.pause("", stage)
+            if not self.paged.with_head:
+                raise _CancelledError
+            value = self.paged.checkpoint[weight.name].to(device=self.paged.device, dtype=self.paged.dtype)
+            return func(args[0], value, *args[2:], **kwargs)
+        return func(*args, **kwargs)
+
+
+class _Inside(TorchFunctionMode):
+    """Gathers the inputs of the weights of one block, for the stages asked for.
+
+    With `awaited` it ends the forward when all of these statistics have been seen; without, it pauses the flow
+    before the first weight of each stage.
+    """
+
+    def __init__(self, paged: _Paged, unit: str, stages: Sequence[str], flow: _Flow,
+                 awaited: frozenset[str] | None = None) -> None:
+        super().__init__()
+        self.paged, self.unit, self.flow, self.awaited = paged, unit, flow, awaited
+        self.stages = frozenset(stages)
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is linear:
+            self._see(args[1], args[0])
+        elif func is torch.addmm:
+            self._see(args[2], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, parameter: Tensor, x: Tensor) -> None:
+        weights = self.paged.sites.get(parameter.data_ptr())
+        if weights is None or weights[0].stage not in self.stages or weights[0].statistics in self.seen:
+            return
+        self.seen.add(weights[0].statistics)
+        self.paged.observe(weights, x)
+        if self.awaited is None:
+            self.flow.pause(self.unit, weights[0].stage)
+        elif self.seen == self.awaited:
+            raise _SeenError
+
+
+def build(checkpoint: Checkpoint, graph: Graph, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' own model of the checkpoint: parameters on the meta device, buffers real."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    auto = getattr(transformers, f"AutoModelFor{graph.family.auto_class}")
+    with torch.device("meta"):
+        # Experts one by one: the stacked forms hide which tokens each of them sees.
+        experts = {"experts_implementation": "eager"} if graph.has_experts else {}
+        model = auto.from_config(config, dtype=dtype, **experts)
+    model.eval()
+    model.tie_weights()
+    for name, module in model.named_modules():
+        own = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
+        for n, b in own.items():
+            fill = torch.nan if b.is_floating_point() else torch.iinfo(b.dtype).min if b.dtype != torch.bool else False
+            module._buffers[n] = torch.full(b.shape, fill, dtype=b.dtype, device=device)
+        if own:
+            with torch.no_grad():
+                model._init_weights(module)
+        for n in own:
+            value = module._buffers[n]
+            if value is not None and value.is_floating_point() and value.isnan().any():
+                raise CheckpointError(f"{checkpoint.path}: transformers does not say how to fill the buffer {name}.{n}")
+    return model
+
+
+def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = parameter

@@ -1,0 +1,20 @@
+"""Options and fixtures of all tests."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--assets", default="../shared", help="folder with models/ and data/, from the repository root"
+    )
+
+
+@pytest.fixture(scope="session")
+def assets(request: pytest.FixtureRequest) -> Path:
+    """The folder of trained models and real texts; skips the test where there is none."""
+    folder = Path(request.config.rootpath, request.config.getoption("--assets")).resolve()
+    if not (folder / "models").is_dir() or not (folder / "data").is_dir():
+        pytest.skip(f"assets folder {folder} not found: pass --assets PATH")
+    return folder
