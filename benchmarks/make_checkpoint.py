@@ -2,7 +2,8 @@
 
     python benchmarks/make_checkpoint.py OUT [--blocks 16]
 
-The default is a 1.2B model: hidden 2048, mlp 8192, 32 heads and 8 key-value heads of 64, vocabulary 128256, tied, bfloat16.
+The default is a 1.2B model: hidden 2048, mlp 8192, 32 heads and 8 key-value heads of 64, vocabulary 128256, tied,
+bfloat16.
 The tokenizer is a byte-level one of 256 tokens, so that any text can calibrate it.
 """
 
@@ -28,19 +29,44 @@ def main() -> None:
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
 
-    tensors = {"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN), "model.norm.weight": torch.ones(HIDDEN).bfloat16()}
+    tensors = {
+        "model.embed_tokens.weight": weight(VOCABULARY, HIDDEN),
+        "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
+    }
     for i in range(options.blocks):
         block = f"model.layers.{i}"
-        shapes = {"self_attn.q_proj": (HEADS * HEAD, HIDDEN), "self_attn.k_proj": (KV_HEADS * HEAD, HIDDEN),
-                  "self_attn.v_proj": (KV_HEADS * HEAD, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * HEAD),
-                  "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP)}
+        shapes = {
+            "self_attn.q_proj": (HEADS * HEAD, HIDDEN),
+            "self_attn.k_proj": (KV_HEADS * HEAD, HIDDEN),
+            "self_attn.v_proj": (KV_HEADS * HEAD, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HEADS * HEAD),
+            "mlp.gate_proj": (MLP, HIDDEN),
+            "mlp.up_proj": (MLP, HIDDEN),
+            "mlp.down_proj": (HIDDEN, MLP),
+        }
         tensors |= {f"{block}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
-        tensors |= {f"{block}.{norm}.weight": torch.ones(HIDDEN).bfloat16() for norm in ("input_layernorm", "post_attention_layernorm")}
+        tensors |= {
+            f"{block}.{norm}.weight": torch.ones(HIDDEN).bfloat16()
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
     save_file(tensors, options.out / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MLP,
-              "num_hidden_layers": options.blocks, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD,
-              "vocab_size": VOCABULARY, "tie_word_embeddings": True, "dtype": "bfloat16", "max_position_embeddings": 131072,
-              "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": options.blocks,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+    }
     (options.out / "config.json").write_text(json.dumps(config, indent=2))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))

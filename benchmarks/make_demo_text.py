@@ -27,9 +27,7 @@ OPENINGS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Sample the demo's calibration text from the demo model itself."
-    )
+    parser = argparse.ArgumentParser(description="Sample the demo's calibration text from the demo model itself.")
     demo = Path(str(resources.files("tersely") / "demo"))
     parser.add_argument("out", type=Path, nargs="?", default=demo / "calibration.txt")
     options = parser.parse_args()

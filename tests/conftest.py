@@ -6,9 +6,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--assets", default="../shared", help="folder with models/ and data/, from the repository root"
-    )
+    parser.addoption("--assets", default="../shared", help="folder with models/ and data/, from the repository root")
 
 
 @pytest.fixture(scope="session")

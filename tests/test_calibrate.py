@@ -36,6 +36,16 @@ class Words:
         return {"input_ids": ids, "offset_mapping": offsets}
 
 
+class Counted(Words):
+    """Counts the characters that it is asked to tokenize."""
+
+    characters = 0
+
+    def __call__(self, text: str, **named: bool) -> dict[str, Any]:
+        self.characters += len(text)
+        return super().__call__(text, **named)
+
+
 def stories(*texts: str) -> str:
     return f"\n{DOCUMENT_SEPARATOR}\n".join(texts)
 
@@ -99,6 +109,19 @@ def test_sampled_windows_are_distinct_in_order_and_spread_evenly(count: int, sam
     assert all(i * count // samples <= w < (i + 1) * count // samples for i, w in enumerate(windows))
     assert [ids.tolist() for ids in taken.ids] == [ids.tolist() for ids in again.ids]
     assert taken.sha256 == again.sha256
+
+
+def test_of_a_very_long_text_only_the_windows_that_are_taken_are_tokenized() -> None:
+    words = ["x" * (1 + i % 7) for i in range(700_000)]
+    tokenizer = Counted()
+    taken = sequences(" ".join(words), tokenizer, context=50, samples=8, seed=1)
+    assert [len(ids) for ids in taken.ids] == [50] * 8
+    assert tokenizer.characters < 20_000
+    assert taken.sha256 == sequences(" ".join(words), Words(), context=50, samples=8, seed=1).sha256
+    assert taken.sha256 != sequences(" ".join(words), Words(), context=50, samples=8, seed=2).sha256
+    for ids, nbytes in zip(taken.ids, taken.nbytes, strict=True):
+        assert int(ids[0]) == 99  # each window begins as a text of its own
+        assert nbytes == sum(ids[1:].tolist()) + 49
 
 
 def test_another_text_context_or_window_has_another_hash() -> None:

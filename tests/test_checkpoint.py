@@ -24,8 +24,7 @@ CONFIG = {"model_type": "llama", "hidden_size": 4}
 def some_tensors() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        f"all.{name}": torch.randint(0, 2, (3, 5), generator=generator).to(dtype)
-        for name, dtype in DTYPES.items()
+        f"all.{name}": torch.randint(0, 2, (3, 5), generator=generator).to(dtype) for name, dtype in DTYPES.items()
     }
     tensors["empty"] = torch.empty((0, 4), dtype=torch.float16)
     tensors["scalar"] = torch.tensor(2.5)
@@ -233,9 +232,7 @@ def test_a_file_that_shrinks_after_opening_is_an_error(tmp_path: Path) -> None:
 # What is refused
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '{"a": 1, "a": 2}', "\xff", '{"\\ud800": 1}', "[" * 100_000]
-)
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1, "a": 2}', "\xff", '{"\\ud800": 1}', "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (folder_of(tmp_path) / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.json.*JSON"):

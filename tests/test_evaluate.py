@@ -17,9 +17,7 @@ from tersely.errors import CheckpointError, DataError, UsageError
 from tersely.evaluation import Estimate, Evaluation, divergence, evaluate, perplexity, ratio
 from tersely.runtime import generate, load_model, load_tokenizer, quiet
 
-WORDS = re.findall(
-    r"\w+", "the cat sat on a mat and saw one red bird fly over old trees until night came down soft"
-)
+WORDS = re.findall(r"\w+", "the cat sat on a mat and saw one red bird fly over old trees until night came down soft")
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> None:
@@ -273,9 +271,7 @@ def test_generation_beyond_the_positions_is_refused(tiny: Path) -> None:
         generate(tiny, "the cat", max_new_tokens=64)
 
 
-def test_loading_leaves_verbosity_bars_and_stderr_as_they_were(
-    tiny: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_loading_leaves_verbosity_bars_and_stderr_as_they_were(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.set_tqdm_hook(None)

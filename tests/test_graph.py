@@ -49,9 +49,7 @@ def paths(graph: Graph, where: str) -> list[str]:
         ("*_proj attention !*.[qk]_proj", ["self_attn.v_proj", "self_attn.o_proj"]),
     ],
 )
-def test_a_pattern_narrows_negates_and_joins(
-    where: str, expected: list[str], graph_of: Callable[[str], Graph]
-) -> None:
+def test_a_pattern_narrows_negates_and_joins(where: str, expected: list[str], graph_of: Callable[[str], Graph]) -> None:
     assert paths(graph_of("llama"), where) == expected
 
 
@@ -90,9 +88,7 @@ def test_the_head_is_selected_only_by_a_term_that_can_mean_nothing_else(
     assert graph.head.name == "lm_head.weight"
 
 
-@pytest.mark.parametrize(
-    ("family", "router"), [("mixtral", "block_sparse_moe.gate"), ("qwen3_moe", "mlp.gate")]
-)
+@pytest.mark.parametrize(("family", "router"), [("mixtral", "block_sparse_moe.gate"), ("qwen3_moe", "mlp.gate")])
 def test_a_router_is_selected_only_by_a_term_that_can_mean_nothing_else(
     family: str, router: str, graph_of: Callable[[str], Graph]
 ) -> None:
@@ -180,9 +176,7 @@ def test_every_weight_has_a_role_that_fits(family: str, graph_of: Callable[[str]
     graph = graph_of(family)
     for w in graph.weights:
         if w.kind in ("norm", "lookup"):
-            assert w.role == (
-                "norm" if w.kind == "norm" else "attention" if w.block is not None else "embedding"
-            )
+            assert w.role == ("norm" if w.kind == "norm" else "attention" if w.block is not None else "embedding")
         if w.kind == "linear":
             assert (w.rows, w.columns) == (w.spec.shape if not w.transposed else w.spec.shape[::-1])
             assert (w.role == "expert") == (w.expert is not None)

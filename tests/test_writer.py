@@ -55,11 +55,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def same(left: Tensor, right: Tensor) -> bool:
-    return (
-        left.dtype == right.dtype
-        and left.shape == right.shape
-        and torch.equal(as_bytes(left), as_bytes(right))
-    )
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(as_bytes(left), as_bytes(right))
 
 
 # The file format
@@ -339,9 +335,7 @@ def test_a_full_disk_is_told_and_the_work_goes_on_later(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "out", JOB, resume=False)
     writer.put("a", {"x": torch.ones(9)}, {})
     (tmp_path / "out.partial" / "units" / "b.safetensors.tmp").symlink_to("/dev/full")
-    with pytest.raises(
-        OutputError, match=r"b\.safetensors: the disk is full.*kept in .*out\.partial.*--resume"
-    ):
+    with pytest.raises(OutputError, match=r"b\.safetensors: the disk is full.*kept in .*out\.partial.*--resume"):
         writer.put("b", {"y": torch.ones(9)}, {})
     writer.close()
     writer = Writer(tmp_path / "out", JOB, resume=True)

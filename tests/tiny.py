@@ -197,7 +197,5 @@ def _randomize(model: nn.Module) -> None:
             tensor.add_(0.2 * torch.randn_like(tensor))
         elif tensor.ndim >= 2 and tensor.shape[-1] > 1:
             fan_in = tensor.shape[-1]
-            lookup = any(
-                word in name for word in ("embed", "wte", "wpe", "shared.weight", "relative_attention")
-            )
+            lookup = any(word in name for word in ("embed", "wte", "wpe", "shared.weight", "relative_attention"))
             tensor.copy_(torch.randn_like(tensor) * (0.5 if lookup else fan_in**-0.5))

@@ -1,7 +1,7 @@
 """Quantize a checkpoint with llm-compressor, for comparison; runs in a virtual environment of its own.
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
-    peer/bin/python benchmarks/peers/llm_compressor.py MODEL OUT --method gptq --bits 4 --group 64 --text FILE --samples 256
+    peer/bin/python benchmarks/peers/llm_compressor.py MODEL OUT --method gptq --bits 4 --group 64 --text FILE
 
 Prints the seconds of each part as JSON, and with --layout FILE writes names, dtypes, shapes and config of the result.
 """
@@ -37,8 +37,12 @@ imported = time.perf_counter()
 torch.manual_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
-weights = {"num_bits": options.bits, "type": "int", "symmetric": not options.asymmetric,
-           "strategy": "group" if options.group else "channel"}
+weights = {
+    "num_bits": options.bits,
+    "type": "int",
+    "symmetric": not options.asymmetric,
+    "strategy": "group" if options.group else "channel",
+}
 if options.group:
     weights["group_size"] = options.group
 groups = {"group_0": {"targets": ["Linear"], "weights": weights}}

@@ -18,6 +18,9 @@ from torch import Tensor
 from tersely.errors import DataError, UsageError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
+_CHARACTERS_A_TOKEN = 16  # more than almost any text has
+_LONG = 2_000_000  # characters; a shorter text is tokenized whole
+_SPACE = re.compile(r"\s")
 
 _SLICED = re.compile(r"(?P<path>.+)\[(?P<slice>[^\[\]]*)\]")
 _SLICE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*")
@@ -80,9 +83,7 @@ def select(text: str, documents_slice: str) -> str:
     """
     bounds = _SLICE.fullmatch(documents_slice)
     if bounds is None:
-        raise UsageError(
-            f"[{documents_slice}] is not a slice of documents; write it as [:256], [-200:] or [10:20]"
-        )
+        raise UsageError(f"[{documents_slice}] is not a slice of documents; write it as [:256], [-200:] or [10:20]")
     if DOCUMENT_SEPARATOR not in text:
         raise DataError(
             f"[{documents_slice}] selects documents, but the text has no {DOCUMENT_SEPARATOR}; "
@@ -92,9 +93,7 @@ def select(text: str, documents_slice: str) -> str:
     found = documents(text)
     chosen = found[first:last]
     if not chosen:
-        raise DataError(
-            f"[{documents_slice}] selects none of the {len(found)} documents; choose a slice within them"
-        )
+        raise DataError(f"[{documents_slice}] selects none of the {len(found)} documents; choose a slice within them")
     return "".join(f"{document}\n{DOCUMENT_SEPARATOR}\n" for document in chosen)
 
 
@@ -139,25 +138,25 @@ def sequences(
     A text with separators: each document alone, cut at `context`, those under 2 tokens dropped; `samples`
     takes the first ones. Otherwise: the text whole, cut into consecutive windows of `context` tokens, the
     last partial one dropped unless it is the only one; of N windows `samples` takes n, the i-th drawn by
-    `seed` from the i-th of n equal stretches, so that they are spread evenly and stand in order.
+    `seed` from the i-th of n equal stretches, so that they are spread evenly and stand in order. Of a text
+    of over 2 million characters, much longer than n windows, only these are tokenized: each from the
+    first white space behind a character drawn by `seed` from its stretch.
 
     purpose: what the data are for ("calibration"), for messages. Raises UsageError: context < 2 or
     samples < 1; DataError: fewer sequences than samples, or none.
     """
     if context < 2:
-        raise UsageError(
-            f"context={context}: a sequence needs at least 2 tokens, one to predict from the other"
-        )
+        raise UsageError(f"context={context}: a sequence needs at least 2 tokens, one to predict from the other")
     if samples is not None and samples < 1:
         raise UsageError(f"samples={samples}: take at least 1, or leave it out to take all")
     if DOCUMENT_SEPARATOR in text:
         return _from_documents(text, tokenizer, context, samples, purpose)
+    if samples is not None and len(text) > max(_LONG, 2 * samples * context * _CHARACTERS_A_TOKEN):
+        return _from_places(text, tokenizer, context, samples, seed, purpose)
     return _from_windows(text, tokenizer, context, samples, seed, purpose)
 
 
-def _from_documents(
-    text: str, tokenizer: Tokenizer, context: int, samples: int | None, purpose: str
-) -> Sequences:
+def _from_documents(text: str, tokenizer: Tokenizer, context: int, samples: int | None, purpose: str) -> Sequences:
     ids: list[Tensor] = []
     nbytes: list[int] = []
     used: list[str] = []
@@ -193,14 +192,39 @@ def _from_windows(
     return Sequences(ids, "windows", nbytes, name)
 
 
+def _from_places(text: str, tokenizer: Tokenizer, context: int, samples: int, seed: int, purpose: str) -> Sequences:
+    draw = random.Random(seed)
+    stretch = len(text) / samples
+    ids: list[Tensor] = []
+    nbytes: list[int] = []
+    places: list[int] = []
+    for i in range(samples):
+        first = int(i * stretch) + draw.randrange(int(stretch / 2))
+        space = _SPACE.search(text, first)
+        begin = space.start() if space else first
+        length = context * _CHARACTERS_A_TOKEN
+        while True:
+            piece = text[begin : begin + length]
+            ids_T, ends = _tokenize(piece, tokenizer)
+            if len(ids_T) >= context or begin + length >= len(text):
+                break
+            length *= 2
+        if len(ids_T) >= context:
+            ids.append(ids_T[:context].clone())
+            nbytes.append(_predicted_bytes(piece, ends[:context]))
+            places.append(begin)
+    _require(len(ids), samples, f"stretches of the text with {context} tokens", purpose)
+    name = _sha256({"kind": "windows", "context": context, "places": places}, text)
+    return Sequences(tuple(ids), "windows", tuple(nbytes), name)
+
+
 def _tokenize(text: str, tokenizer: Tokenizer) -> tuple[Tensor, list[int]]:
     """int64 ids, and for each token the character where it ends (never before the end of an earlier one)."""
     try:
         encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     except NotImplementedError as error:
         raise DataError(
-            "the tokenizer cannot say where its tokens stand in the text; use a fast tokenizer "
-            "(a tokenizer.json)"
+            "the tokenizer cannot say where its tokens stand in the text; use a fast tokenizer (a tokenizer.json)"
         ) from error
     ends: list[int] = []
     end = 0
@@ -220,9 +244,7 @@ def _require(found: int, samples: int | None, what: str, purpose: str) -> None:
     if samples is None:
         raise DataError(f"{purpose} needs text, but no {what} were found; give more text")
     advice = f"use samples={found}, a shorter context" if found else "use a shorter context"
-    raise DataError(
-        f"{purpose} asks for {samples} samples, but there are only {found} {what}; {advice} or more text"
-    )
+    raise DataError(f"{purpose} asks for {samples} samples, but there are only {found} {what}; {advice} or more text")
 
 
 def _sha256(facts: dict[str, object], text: str) -> str:

@@ -178,18 +178,14 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         spec = self.spec(name)
         if len(spec.shape) != 2:
-            raise CheckpointError(
-                f"{name} has shape {list(spec.shape)}; rows can be taken of a 2-D tensor only"
-            )
+            raise CheckpointError(f"{name} has shape {list(spec.shape)}; rows can be taken of a 2-D tensor only")
         if index.dtype != torch.int64 or index.dim() != 1:
             raise ValueError(f"index must be int64 with one dimension, not {index.dtype} {list(index.shape)}")
         count, columns = spec.shape
         wanted_U, place_N = torch.unique(index.cpu(), return_inverse=True)
         rows = wanted_U.tolist()
         if rows and not 0 <= rows[0] <= rows[-1] < count:
-            raise CheckpointError(
-                f"{name} has rows 0 to {count - 1}; rows {rows[0]} to {rows[-1]} were asked for"
-            )
+            raise CheckpointError(f"{name} has rows 0 to {count - 1}; rows {rows[0]} to {rows[-1]} were asked for")
         width = columns * spec.dtype.itemsize
         bytes_UB = torch.empty((len(rows), width), dtype=torch.uint8)
         view = bytes_UB.view(-1).numpy().data
@@ -226,9 +222,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{given} is a file; pass the folder that holds config.json and *.safetensors")
     hub = None if given.endswith((".safetensors", "/")) else _HUB_NAME.fullmatch(given)
     if hub is None:
-        raise CheckpointError(
-            f"no folder {given}; pass the folder of a checkpoint, or a hub name such as org/name"
-        )
+        raise CheckpointError(f"no folder {given}; pass the folder of a checkpoint, or a hub name such as org/name")
     return _open_hub(hub["name"], hub["revision"], given)
 
 
@@ -300,9 +294,7 @@ def _refuse_foreign_link(folder: Path, file: Path) -> None:
     if home.parent.name == "snapshots":  # the hub's cache: the files of a snapshot are links to blobs
         roots += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
     if not any(target.is_relative_to(root) for root in roots):
-        raise CheckpointError(
-            f"{file} is a link to {target}, outside its folder; replace the link by a copy of it"
-        )
+        raise CheckpointError(f"{file} is a link to {target}, outside its folder; replace the link by a copy of it")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -338,8 +330,7 @@ def _weights(folder: Path) -> tuple[tuple[str, ...], dict[str, TensorSpec]]:
         absent = [name for name, where in weight_map.items() if where == file and name not in held]
         if absent:
             raise CheckpointError(
-                f"{file} lacks {len(absent)} tensors that {INDEX} places there: {_some(absent)}; "
-                "download both again"
+                f"{file} lacks {len(absent)} tensors that {INDEX} places there: {_some(absent)}; download both again"
             )
         extra = [name for name in held if weight_map.get(name) != file]
         if extra:
@@ -413,9 +404,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             raise CheckpointError(f"{path} is corrupt: {spec.name!r} {fault}; download it again")
         end += spec.nbytes
     if size < end:
-        raise CheckpointError(
-            f"{path} is cut off: {end - size} of {end} bytes are missing; download it again"
-        )
+        raise CheckpointError(f"{path} is cut off: {end - size} of {end} bytes are missing; download it again")
     if size > end:
         raise CheckpointError(f"{path} has {size - end} bytes after its last tensor; download it again")
     return {spec.name: spec for spec in specs}, metadata
@@ -518,9 +507,7 @@ def _json_object(text: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} does not hold valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(value).__name__}, expected an object; download it again"
-        )
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object; download it again")
     return value
 
 

@@ -66,8 +66,15 @@ class Job:
 
 
 def compress(
-    source: str | Path, recipe: str | Path | Recipe, out: str | Path, *, calibration: str | Path | None = None,
-    format: Format = "compressed-tensors", device: str = "cpu", resume: bool = False, progress: Progress | None = None,
+    source: str | Path,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    format: Format = "compressed-tensors",
+    device: str = "cpu",
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """Compress a checkpoint into a new folder that engines load; returns what was done.
 
@@ -78,13 +85,21 @@ def compress(
 
     Raises the errors of tersely.errors; the source is never touched, and `out` appears only when it is whole.
     """
-    return run(prepare(source, recipe, out, calibration=calibration, format=format, device=device), resume=resume,
-               progress=progress)
+    return run(
+        prepare(source, recipe, out, calibration=calibration, format=format, device=device),
+        resume=resume,
+        progress=progress,
+    )
 
 
 def prepare(
-    source: str | Path, recipe: str | Path | Recipe, out: str | Path, *, calibration: str | Path | None = None,
-    format: Format = "compressed-tensors", device: str = "cpu",
+    source: str | Path,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    format: Format = "compressed-tensors",
+    device: str = "cpu",
 ) -> Job:
     """Check everything that can be checked before work begins, and estimate the cost; writes nothing."""
     if not isinstance(recipe, Recipe):
@@ -104,25 +119,53 @@ def prepare(
     data = None
     if recipe.needs:
         if calibration is None:
-            raise UsageError("this recipe measures activations: give it text with --calibration FILE (a few hundred "
-                             "pages like what the model will be used on), or take a data-free preset such as w4a16")
+            raise UsageError(
+                "this recipe measures activations: give it text with --calibration FILE (a few hundred "
+                "pages like what the model will be used on), or take a data-free preset such as w4a16"
+            )
         tokenizer = load_tokenizer(checkpoint.path)
-        data = sequences(read_text(calibration), tokenizer, context=recipe.calibration.context,
-                         samples=recipe.calibration.samples, seed=recipe.seed, purpose="calibration")
+        data = sequences(
+            read_text(calibration),
+            tokenizer,
+            context=recipe.calibration.context,
+            samples=recipe.calibration.samples,
+            seed=recipe.seed,
+            purpose="calibration",
+        )
     elif calibration is not None:
-        raise UsageError(f"--calibration {calibration} has no effect: no step of this recipe measures anything; leave it out, "
-                         "or take a recipe that does, such as w4a16-gptq")
-    cost = estimate(graph, methods, tokens=data.tokens if data else 0, output=_output_bytes(checkpoint, graph, methods, format),
-                    out=Path(out), dtype=dtype, device=where)
-    return Job(checkpoint, graph, recipe, methods, None if calibration is None else str(calibration), data, Path(out), format,
-               where, dtype, cost)
+        raise UsageError(
+            f"--calibration {calibration} has no effect: no step of this recipe measures anything; leave it out, "
+            "or take a recipe that does, such as w4a16-gptq"
+        )
+    cost = estimate(
+        graph,
+        methods,
+        tokens=data.tokens if data else 0,
+        output=_output_bytes(checkpoint, graph, methods, format),
+        out=Path(out),
+        dtype=dtype,
+        device=where,
+    )
+    return Job(
+        checkpoint,
+        graph,
+        recipe,
+        methods,
+        None if calibration is None else str(calibration),
+        data,
+        Path(out),
+        format,
+        where,
+        dtype,
+        cost,
+    )
 
 
 def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> Report:
     """Do a prepared job; see compress."""
     start = time.perf_counter()
     job.cost.check(job.out)
-    say = progress or (lambda what, share: None)
+    say = progress or (_silent)
     with _workers() as pool:
         # Without data the first blocks are encoded while the source is hashed.
         ahead = _Ahead(pool, job, _groups(job)) if job.data is None and not resume else None
@@ -186,8 +229,12 @@ def _groups(job: Job) -> dict[str, list[str]]:
             groups[f"blocks-{len(groups):05d}"] = []
             room = _GROUP_BYTES
         groups[f"blocks-{len(groups) - 1:05d}"].append(unit)
-        room -= sum(w.spec.nbytes if job.format == "dense" or w.name not in job.methods else
-                    stored_bytes(w, job.methods[w.name]) for w in job.graph.unit(unit))
+        room -= sum(
+            w.spec.nbytes
+            if job.format == "dense" or w.name not in job.methods
+            else stored_bytes(w, job.methods[w.name])
+            for w in job.graph.unit(unit)
+        )
     return groups
 
 
@@ -240,8 +287,8 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        if threads != torch.get_num_threads():
-            torch.set_num_threads(threads)
+        # Always: the count of this thread has not changed, but threads made from now on would take the pool's.
+        torch.set_num_threads(threads)
 
 
 def _alone() -> None:
@@ -255,8 +302,11 @@ def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
     graph = job.graph
     files = {unit: f"block-{number:05d}" for number, unit in enumerate(_units(job))}
     plain = not graph.has_experts
-    batches = micro_batches(job.data, tokens=micro_batch_tokens(graph, job.dtype),
-                            pad=plain and graph.family.auto_class == "CausalLM")
+    batches = micro_batches(
+        job.data,
+        tokens=micro_batch_tokens(graph, job.dtype),
+        pad=plain and graph.family.auto_class == "CausalLM",
+    )
     padded = sum(b.ids_BL.numel() for b in batches)
     suspend = plain and suspended_bytes(graph, padded, job.dtype) <= SUSPEND_BYTES
     measured: dict[str, tuple[str, ...]] = {}
@@ -268,8 +318,11 @@ def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
 
     def encoded(unit: str, stage: str | None, statistics: Mapping[str, Statistics]) -> Iterator[tuple[Weight, Tensor]]:
         """Encode what a stage has measured, or (stage None) what needs no data."""
-        weights = [w for w in graph.unit(unit) if w.name in job.methods
-                   and (w.stage == stage if job.methods[w.name].needs else stage is None)]
+        weights = [
+            w
+            for w in graph.unit(unit)
+            if w.name in job.methods and (w.stage == stage if job.methods[w.name].needs else stage is None)
+        ]
         for weight, part, result in encode(job.checkpoint, weights, job.methods, statistics, job.format, job.device):
             results[weight.name] = result
             yield weight, part.decode()
@@ -284,8 +337,16 @@ def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
     total = sum(len(stages) for stages in measured.values())
     steps = 0
     if measured:
-        for stop in stream(job.checkpoint, graph, batches, measured=measured, replaced=replaced, dtype=job.dtype,
-                           device=job.device, suspend=suspend):
+        for stop in stream(
+            job.checkpoint,
+            graph,
+            batches,
+            measured=measured,
+            replaced=replaced,
+            dtype=job.dtype,
+            device=job.device,
+            suspend=suspend,
+        ):
             if stop.stage is not None:
                 say(f"{stop.unit or 'head'} {stop.stage}", steps / total)
                 steps += 1
@@ -347,7 +408,8 @@ def _files(job: Job, facts: Mapping[str, Any], writer: Writer, units: Sequence[s
     outcome = {name: stored for unit in units for name, stored in writer.facts(unit)["outcome"].items()}
     manifest = {
         "tersely": __version__,
-        "versions": {p: version(p) for p in ("torch", "transformers", "compressed-tensors")} | {"python": platform.python_version()},
+        "versions": {p: version(p) for p in ("torch", "transformers", "compressed-tensors")}
+        | {"python": platform.python_version()},
         "source": {"name": job.checkpoint.source, "files": facts["source"]},
         "job": {k: v for k, v in facts.items() if k != "source"},
         "recipe_hash": job.recipe.hash,
@@ -356,14 +418,22 @@ def _files(job: Job, facts: Mapping[str, Any], writer: Writer, units: Sequence[s
         "tensors": outcome,
         "left_behind": list(job.checkpoint.left_behind),
     }
-    carried = {name: job.checkpoint.path / name for name in job.checkpoint.companions
-               if name not in ("recipe.toml", "report.json", "manifest.json")}
+    carried = {
+        name: job.checkpoint.path / name
+        for name in job.checkpoint.companions
+        if name not in ("recipe.toml", "report.json", "manifest.json")
+    }
 
     def seal(hashes: Mapping[str, str]) -> bytes:
         return _json({**manifest, "files": dict(sorted(hashes.items()))})
 
-    return {**carried, "config.json": _json(config), "recipe.toml": job.recipe.to_toml().encode(),
-            "report.json": report.to_json().encode(), "manifest.json": seal}
+    return {
+        **carried,
+        "config.json": _json(config),
+        "recipe.toml": job.recipe.to_toml().encode(),
+        "report.json": report.to_json().encode(),
+        "manifest.json": seal,
+    }
 
 
 def _report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
@@ -373,13 +443,28 @@ def _report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
     parameters = sum(job.checkpoint.spec(n).nbytes // job.checkpoint.spec(n).dtype.itemsize for n in job.checkpoint)
     data = None
     if job.data is not None:
-        data = {"name": job.calibration, "sha256": job.data.sha256, "kind": job.data.kind, "sequences": len(job.data.ids),
-                "tokens": job.data.tokens}
+        data = {
+            "name": job.calibration,
+            "sha256": job.data.sha256,
+            "kind": job.data.kind,
+            "sequences": len(job.data.ids),
+            "tokens": job.data.tokens,
+        }
     notes = [f"{r.name}: {r.note}" for r in rows if r.note]
     notes += [f"{n} is stored but not read by the model; carried over" for n in job.graph.extra]
     notes += [f"{n} was left behind" for n in job.checkpoint.left_behind]
-    return Report(source=job.checkpoint.source, out=str(job.out), format=job.format, recipe=job.recipe.to_dict(),
-                  calibration=data, rows=rows, bytes_before=before, bytes_after=after, parameters=parameters, notes=tuple(notes))
+    return Report(
+        source=job.checkpoint.source,
+        out=str(job.out),
+        format=job.format,
+        recipe=job.recipe.to_dict(),
+        calibration=data,
+        rows=rows,
+        bytes_before=before,
+        bytes_after=after,
+        parameters=parameters,
+        notes=tuple(notes),
+    )
 
 
 def _finished(job: Job, facts: Mapping[str, Any]) -> Report:
@@ -387,7 +472,10 @@ def _finished(job: Job, facts: Mapping[str, Any]) -> Report:
     try:
         manifest = json.loads((job.out / "manifest.json").read_text("utf-8"))
         plain = json.loads((job.out / "report.json").read_text("utf-8"))
-        same = manifest["job"] == {k: v for k, v in facts.items() if k != "source"} and manifest["source"]["files"] == facts["source"]
+        same = (
+            manifest["job"] == {k: v for k, v in facts.items() if k != "source"}
+            and manifest["source"]["files"] == facts["source"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
@@ -426,3 +514,7 @@ def _compute_dtype(graph: Graph, device: torch.device) -> torch.dtype:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _silent(_what: str, _share: float) -> None:
+    pass

@@ -36,8 +36,12 @@ class Result:
 
 
 def encode(
-    checkpoint: Checkpoint, weights: Sequence[Weight], methods: Mapping[str, Encode],
-    statistics: Mapping[str, Statistics], format: Format, device: torch.device,
+    checkpoint: Checkpoint,
+    weights: Sequence[Weight],
+    methods: Mapping[str, Encode],
+    statistics: Mapping[str, Statistics],
+    format: Format,
+    device: torch.device,
 ) -> Iterator[tuple[Weight, Encoded, Result]]:
     """Encode weights of one block with the statistics of their activations, those that share them together."""
 
@@ -56,11 +60,19 @@ def encode(
             stored = _stored(weight, part, format)
             step = _step(weight)
             lost, total = output_energies(value[::step], part.sample(0, step).decode(), stats.gram_II)
-            yield weight, part, Result(stored, _row(weight, method, stored, lost, total, stats.tokens, part.note))
+            yield (
+                weight,
+                part,
+                Result(stored, _row(weight, method, stored, lost, total, stats.tokens, part.note)),
+            )
 
 
 def encode_free(
-    checkpoint: Checkpoint, weight: Weight, method: Encode, format: Format, device: torch.device,
+    checkpoint: Checkpoint,
+    weight: Weight,
+    method: Encode,
+    format: Format,
+    device: torch.device,
 ) -> Result:
     """Encode a weight with a method that measures nothing, a slab of rows at a time."""
     slab = weight.rows
@@ -74,7 +86,11 @@ def encode_free(
     lost = total = 0.0
     note = ""
     for a in range(0, weight.rows, slab):
-        read = checkpoint[weight.name] if weight.transposed else checkpoint.slab(weight.name, a, min(a + slab, weight.rows))
+        read = (
+            checkpoint[weight.name]
+            if weight.transposed
+            else checkpoint.slab(weight.name, a, min(a + slab, weight.rows))
+        )
         value = _oriented(weight, read).to(device)
         encoded = method(value, nothing)
         slabs.append(_stored(weight, encoded, format))
@@ -125,12 +141,28 @@ def _joined(name: str, slabs: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(slabs))
 
 
-def _row(weight: Weight, method: Encode, stored: Mapping[str, Tensor], lost: float, total: float, tokens: int, note: str) -> Row:
+def _row(
+    weight: Weight,
+    method: Encode,
+    stored: Mapping[str, Tensor],
+    lost: float,
+    total: float,
+    tokens: int,
+    note: str,
+) -> Row:
     error = (max(lost, 0.0) / total) ** 0.5 if total > 0 else 0.0
-    return Row(name=weight.name, block=weight.block, role=weight.role, method=method.name,
-               parameters=weight.rows * weight.columns, bytes_before=weight.spec.nbytes,
-               bytes_after=sum(t.numel() * t.element_size() for t in stored.values()),
-               error=float(f"{error:.6g}"), tokens=tokens, note=note)
+    return Row(
+        name=weight.name,
+        block=weight.block,
+        role=weight.role,
+        method=method.name,
+        parameters=weight.rows * weight.columns,
+        bytes_before=weight.spec.nbytes,
+        bytes_after=sum(t.numel() * t.element_size() for t in stored.values()),
+        error=float(f"{error:.6g}"),
+        tokens=tokens,
+        note=note,
+    )
 
 
 def _oriented(weight: Weight, stored: Tensor) -> Tensor:

@@ -170,9 +170,7 @@ class Family:
     def heads(self) -> tuple[str, ...]:
         """Paths of the weights that give logits, stored or tied."""
         rows = ((path.rstrip("?!"), *row.split(" -> ")) for path, row in self.outside.items())
-        return tuple(
-            path for path, reads, writes in rows if writes == "tokens" and reads not in (*LOOKUPS, "_")
-        )
+        return tuple(path for path, reads, writes in rows if writes == "tokens" and reads not in (*LOOKUPS, "_"))
 
 
 @dataclass(frozen=True)
@@ -277,9 +275,7 @@ class Graph:
         for alternative in where.split("|"):
             terms = re.findall(r"!?blocks\s+\S+|\S+", alternative)
             if not terms:
-                raise UsageError(
-                    f"where = {where!r} has an empty alternative; write `linear` for all weights"
-                )
+                raise UsageError(f"where = {where!r} has an empty alternative; write `linear` for all weights")
             narrowed = set(linear)
             meant = set(linear) - seldom
             for term in terms:
@@ -304,15 +300,11 @@ class Graph:
         if match := re.fullmatch(r"blocks\s+(\d+)(?:-(\d+))?", term):
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first or last >= len(self.units):
-                raise UsageError(
-                    f"where = {where!r}: `{term}`, but the model has blocks 0 to {len(self.units) - 1}"
-                )
+                raise UsageError(f"where = {where!r}: `{term}`, but the model has blocks 0 to {len(self.units) - 1}")
             units = set(self.units[first : last + 1])
             return {w.name for w in linear if w.unit in units}
         if term.split(maxsplit=1)[:1] == ["blocks"]:
-            raise UsageError(
-                f"where = {where!r}: `{term}` is not a block range; write `blocks 3` or `blocks 0-3`"
-            )
+            raise UsageError(f"where = {where!r}: `{term}` is not a block range; write `blocks 3` or `blocks 0-3`")
         if term in _ROLES:
             found = {w.name for w in linear if w.role == _ROLES[term]}
         else:
@@ -476,13 +468,9 @@ def _weight(
     leaf = {"gamma": "weight", "beta": "bias"}.get(groups.get("leaf") or "", groups.get("leaf") or "")
     dimensions = len(spec.shape)
     if dimensions not in ((1, 2) if leaf == "weight" else (1,)):
-        raise CheckpointError(
-            f"{where}{spec.name} has shape {list(spec.shape)}; a vector or a matrix is expected"
-        )
+        raise CheckpointError(f"{where}{spec.name} has shape {list(spec.shape)}; a vector or a matrix is expected")
     lookup = row.reads.spaces[0] in LOOKUPS
-    kind: Kind = (
-        "bias" if leaf != "weight" else "norm" if dimensions == 1 else "lookup" if lookup else "linear"
-    )
+    kind: Kind = "bias" if leaf != "weight" else "norm" if dimensions == 1 else "lookup" if lookup else "linear"
     spaces = {*row.reads.spaces, *row.writes.spaces}
     if kind == "norm":
         role = "norm"
@@ -500,9 +488,7 @@ def _weight(
         role = "other" if block is None else "mlp"
     transposed = family.linear_layout == "in_out" and kind == "linear" and block is not None
     stack = row.stack if block is not None else ""
-    return Weight(
-        spec.name, path, leaf, stack, block, expert, row.reads, row.writes, kind, role, spec, transposed
-    )
+    return Weight(spec.name, path, leaf, stack, block, expert, row.reads, row.writes, kind, role, spec, transposed)
 
 
 def _assemble(
@@ -514,9 +500,7 @@ def _assemble(
     extra: Sequence[str],
 ) -> Graph:
     norms = {(w.unit, w.path) for w in weights if w.kind == "norm"}
-    ordered = [
-        replace(w, role="norm") if w.kind == "bias" and (w.unit, w.path) in norms else w for w in weights
-    ]
+    ordered = [replace(w, role="norm") if w.kind == "bias" and (w.unit, w.path) in norms else w for w in weights]
     by_unit: dict[str, list[Weight]] = {}
     for weight in ordered:
         by_unit.setdefault(weight.unit, []).append(weight)
@@ -537,9 +521,7 @@ def _assemble(
     )
 
 
-def _coordinates(
-    weights: Sequence[Weight], head_space: str, tied: bool, sizes: Mapping[str, str]
-) -> Mapping[str, str]:
+def _coordinates(weights: Sequence[Weight], head_space: str, tied: bool, sizes: Mapping[str, str]) -> Mapping[str, str]:
     """Spaces that share coordinates: joined by a vector, or by a head that is the embedding."""
     spaces = [s for w in weights for axis in (w.reads, w.writes) for s in axis.spaces if s != "_"]
     joined = {s: {s} for s in (*spaces, head_space)}
@@ -591,9 +573,7 @@ def _check_complete(
                     options.setdefault(row.choice, {}).setdefault(row.option, {}).update(paths)
                 elif row.head and graph.tied:
                     if not config.get("tie_word_embeddings", graph.family.tied):
-                        raise missing(
-                            unit, next(iter(paths)), "the config says that the head is not the embedding"
-                        )
+                        raise missing(unit, next(iter(paths)), "the config says that the head is not the embedding")
                 elif not row.head and not row.optional and (not row.first or block == 0):
                     for path, says in paths.items():
                         if (unit, path) not in present:
@@ -694,9 +674,7 @@ class _Sizes:
             case ast.Name(id=key):
                 value = self._config.get(key)
                 if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                    raise CheckpointError(
-                        f"{self._where}config.json has {key} = {value!r}; a whole number is expected"
-                    )
+                    raise CheckpointError(f"{self._where}config.json has {key} = {value!r}; a whole number is expected")
                 return value
             case ast.BinOp(left=left, op=operator, right=right):
                 a, b = self._evaluate(left), self._evaluate(right)

@@ -119,9 +119,7 @@ def fold_norms(graph: Graph, tensors: Mapping[str, Tensor], space: str = "residu
         if bias is not None:
             bias_N = tensors[bias.name]
             if bool(((gain_N == 0) & (bias_N != 0)).any()):
-                raise UsageError(
-                    f"{target}: {norm.name} has a gain of zero where its bias is not; it cannot be folded"
-                )
+                raise UsageError(f"{target}: {norm.name} has a gain of zero where its bias is not; it cannot be folded")
             folded_N = bias_N.to(gain_N.dtype) / torch.where(gain_N == 0, torch.ones_like(gain_N), gain_N)
             changed[bias.name] = folded_N.to(bias_N.dtype)
         for weight in near:
@@ -161,9 +159,7 @@ def _scope(graph: Graph, space: str, basis: Basis, unit: str, expert: int | None
         spaces = frozenset({space}) if isinstance(basis, Diagonal) else _same_coordinates(graph, space)
     wide = any(_global(graph, s) for s in spaces)
     if wide and unit:
-        raise UsageError(
-            f"{space}: runs through the whole model, not through {unit} alone; leave the unit out"
-        )
+        raise UsageError(f"{space}: runs through the whole model, not through {unit} alone; leave the unit out")
     if not wide and unit not in graph.units:
         known = f"{graph.units[0]} to {graph.units[-1]}"
         raise UsageError(f"{space}: each block has its own; name one as unit ({known}), not {unit!r}")
@@ -215,13 +211,9 @@ def _refuse(
             f"{space}: no weight reads it (attention scores, a router or the output do), so its coordinates "
             "are fixed by the model's own code"
         )
-    if isinstance(basis, Diagonal) and not any(
-        p.space in scope and not p.act for w in weights for p in w.writes.parts
-    ):
+    if isinstance(basis, Diagonal) and not any(p.space in scope and not p.act for w in weights for p in w.writes.parts):
         paths = ", ".join(w.path for w in acts if w.kind != "bias")
-        raise UsageError(
-            f"{space}: only act(...) weights write it ({paths}), and no scale passes their non-linearity"
-        )
+        raise UsageError(f"{space}: only act(...) weights write it ({paths}), and no scale passes their non-linearity")
     if isinstance(basis, Orthogonal):
         if acts:
             raise UsageError(f"{space}: a non-linearity after {acts[0].name} acts on each of its coordinates")
@@ -242,9 +234,7 @@ def _refuse(
         for norm in norms:
             gain = tensors[norm.name].float() + graph.family.norm_offset
             if not bool((gain == 1).all()):
-                raise UsageError(
-                    f"{space}: the gain of {norm.name} is not folded into its readers; fold_norms first"
-                )
+                raise UsageError(f"{space}: the gain of {norm.name} is not folded into its readers; fold_norms first")
 
 
 def _foldable(graph: Graph, norm: Weight) -> bool:
@@ -291,9 +281,7 @@ def _bases(graph: Graph, space: str, basis: Basis, scope: frozenset[str]) -> Map
     else:
         kept_HK = index_K.view(heads, -1) % head if len(index_K) % heads == 0 else index_K[None]
         if not torch.equal((kept_HK + torch.arange(heads)[:, None] * head).reshape(-1), index_K):
-            raise UsageError(
-                f"{space}: each of its {heads} heads must keep as many of its own coordinates, in turn"
-            )
+            raise UsageError(f"{space}: each of its {heads} heads must keep as many of its own coordinates, in turn")
     kept = {mixed[1]: kept_HK, mixed[0]: kept_HK.repeat_interleave(shared, 0)}
     return {s: Index((k + torch.arange(len(k))[:, None] * head).reshape(-1)) for s, k in kept.items()}
 
@@ -304,9 +292,7 @@ def _checked(space: str, basis: Basis, sizes: tuple[int, ...]) -> Basis:
     if isinstance(basis, Index):
         index_K = basis.index_K
         if index_K.dtype != torch.int64 or index_K.dim() != 1 or not len(index_K):
-            raise UsageError(
-                f"{space}: an index is int64 with one dimension, not {index_K.dtype} {[*index_K.shape]}"
-            )
+            raise UsageError(f"{space}: an index is int64 with one dimension, not {index_K.dtype} {[*index_K.shape]}")
         if int(index_K.min()) < 0 or (sizes and int(index_K.max()) >= max(sizes)):
             span = f"{int(index_K.min())} to {int(index_K.max())}"
             raise UsageError(f"{space}: has {expected} coordinates; the index holds {span}")

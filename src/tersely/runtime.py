@@ -29,9 +29,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
     read_config(path)
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise CheckpointError(
-            f"{path}: no tokenizer.json or tokenizer_config.json; copy the tokenizer's files in"
-        )
+        raise CheckpointError(f"{path}: no tokenizer.json or tokenizer_config.json; copy the tokenizer's files in")
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
@@ -133,9 +131,7 @@ def generate(
     text = _Text(tokenizer, stream)
     with quiet(), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.generate(
-            ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=config, streamer=text
-        )
+        model.generate(ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=config, streamer=text)
     return text.whole
 
 
@@ -175,9 +171,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: not readable as JSON ({error}); fetch the checkpoint again"
-        ) from error
+        raise CheckpointError(f"{file}: not readable as JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: expected a JSON object; fetch the checkpoint again")
     return config

@@ -17,6 +17,7 @@ Two ways through a block, bit-equal in their results:
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from tersely.checkpoint import Checkpoint
 from tersely.errors import CheckpointError
 from tersely.graph import Graph, Weight
 from tersely.measure import Statistics
+
+_TRIM_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,15 @@ def stream(
 class _Paged:
     """The model with its blocks on the meta device, and what is known of the block that is paged in."""
 
-    def __init__(self, checkpoint: Checkpoint, graph: Graph, measured: Mapping[str, Sequence[str]],
-                 dtype: torch.dtype, device: torch.device, suspend: bool) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        graph: Graph,
+        measured: Mapping[str, Sequence[str]],
+        dtype: torch.dtype,
+        device: torch.device,
+        suspend: bool,
+    ) -> None:
         self.checkpoint, self.graph, self.measured = checkpoint, graph, measured
         self.dtype, self.device, self.suspend = dtype, device, suspend
         self.model = build(checkpoint, graph, dtype, device)
@@ -167,6 +177,7 @@ class _Paged:
         """Address of a weight in memory -> the stored weights that lie there."""
         self.places: dict[str, tuple[nn.Parameter, int | None, int]] = {}
         self.statistics: dict[str, Statistics] = {}
+        self.block_bytes = max(sum(w.spec.nbytes for w in graph.unit(unit)) for unit in graph.units)
         self.lookups: dict[int, Weight] = {}
         self._load_outside()
         for unit in graph.units:
@@ -192,16 +203,30 @@ class _Paged:
 
     def take(self) -> Mapping[str, Statistics]:
         taken, self.statistics = self.statistics, {}
+        self._trim()
         return {name: statistics.finish() for name, statistics in taken.items()}
 
     def page_in(self, unit: str, replaced: Mapping[str, Tensor]) -> None:
         block = self.model.get_submodule(unit)
         pieces = self.graph.parameters(unit)
-        for name, meta in dict(block.named_parameters()).items():
+        parameters = dict(block.named_parameters())
+        for name in dict(block.named_buffers()):
+            if name in pieces:
+                stored = self.checkpoint[pieces[name][0].weight.name]
+                _set(block, name, stored.to(device=self.device, dtype=self._dtype_of(name)))
+        for name in pieces:
+            if name not in parameters and name not in dict(block.named_buffers()):
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: {pieces[name][0].weight.name} has no place in the model that "
+                    f"transformers builds: it has no {unit}.{name}"
+                )
+        for name, meta in parameters.items():
             if name not in pieces:
-                raise CheckpointError(f"{self.checkpoint.path}: the model has a parameter {unit}.{name}, but the checkpoint "
-                                      "has no tensor for it")
-            value = torch.empty(meta.shape, dtype=self.dtype, device=self.device)
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: the model has a parameter {unit}.{name}, but the checkpoint "
+                    "has no tensor for it"
+                )
+            value = torch.empty(meta.shape, dtype=self._dtype_of(name), device=self.device)
             _set(block, name, nn.Parameter(value, requires_grad=False))
             for piece in pieces[name]:
                 slot = value if piece.index is None else value[piece.index]
@@ -212,13 +237,20 @@ class _Paged:
                 elif piece.weight.transposed:
                     source = source.t()
                 if target.shape != source.shape:
-                    raise CheckpointError(f"{self.checkpoint.path}: {piece.weight.name} has shape {list(source.shape)}, but "
-                                          f"the model built from config.json expects {list(target.shape)}")
+                    raise CheckpointError(
+                        f"{self.checkpoint.path}: {piece.weight.name} has shape {list(source.shape)}, but "
+                        f"the model built from config.json expects {list(target.shape)}"
+                    )
                 target.copy_(source)
                 if piece.weight.kind == "linear":
                     key = slot.data_ptr()
                     self.sites[key] = (*self.sites.get(key, ()), piece.weight)
                     self.places[piece.weight.name] = (block.get_parameter(name), piece.index, piece.start)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """Transformers keeps some weights of some models in float32."""
+        plan: Mapping[str, torch.dtype] = self.model._get_dtype_plan(self.dtype)
+        return next((dtype for part, dtype in plan.items() if f".{part}." in f".{name}."), self.dtype)
 
     def page_out(self, unit: str) -> None:
         block = self.model.get_submodule(unit)
@@ -226,6 +258,7 @@ class _Paged:
         self.places.clear()
         for name, parameter in dict(block.named_parameters()).items():
             _set(block, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+        self._trim()
 
     def replace(self, weight: Weight, decoded_OI: Tensor) -> None:
         if weight.name not in self.places:
@@ -254,10 +287,20 @@ class _Paged:
         rows = self.checkpoint.rows(weight.name, unique.cpu())
         return rows.to(device=self.device, dtype=self.dtype)[inverse]
 
+    def _trim(self) -> None:
+        """Give freed pages back: glibc keeps those of each flow's thread, so that memory would grow block by block.
+
+        They have to be faulted in again, which small models, that do not need it, would feel.
+        """
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None and self.block_bytes >= _TRIM_BYTES:
+            trim(0)
+
     def _load_outside(self) -> None:
         pieces = self.graph.parameters("")
         blocks = tuple(f"{unit}." for unit in self.graph.units)
         outside = [(n, p) for n, p in self.model.named_parameters(remove_duplicate=False) if not n.startswith(blocks)]
+        loaded: dict[int, nn.Parameter] = {}
         for name, parameter in outside:
             if name not in pieces:
                 continue
@@ -267,16 +310,21 @@ class _Paged:
             else:
                 value = self.checkpoint[weight.name].to(device=self.device, dtype=self.dtype)
                 if value.shape != parameter.shape:
-                    raise CheckpointError(f"{self.checkpoint.path}: {weight.name} has shape {list(value.shape)}, but the model "
-                                          f"built from config.json expects {list(parameter.shape)}")
-                _set(self.model, name, nn.Parameter(value, requires_grad=False))
+                    raise CheckpointError(
+                        f"{self.checkpoint.path}: {weight.name} has shape {list(value.shape)}, but the model "
+                        f"built from config.json expects {list(parameter.shape)}"
+                    )
+                loaded[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                _set(self.model, name, loaded[id(parameter)])
         for name, parameter in outside:
             if name not in pieces and id(parameter) not in self.lookups and parameter.is_meta:
-                # A tied copy of something that was loaded under its first name is the same module attribute.
-                tied = self.graph.tied and parameter.ndim in (1, 2)
-                if not tied:
-                    raise CheckpointError(f"{self.checkpoint.path}: the model has a parameter {name}, but the checkpoint has no "
-                                          "tensor for it")
+                if id(parameter) in loaded:
+                    _set(self.model, name, loaded[id(parameter)])
+                else:
+                    raise CheckpointError(
+                        f"{self.checkpoint.path}: the model has a parameter {name}, but the checkpoint has no "
+                        "tensor for it"
+                    )
 
     def _forward(self, unit: str, block: nn.Module) -> Callable[..., Any]:
         own = block.forward
@@ -338,8 +386,14 @@ class _Inside(TorchFunctionMode):
     before the first weight of each stage.
     """
 
-    def __init__(self, paged: _Paged, unit: str, stages: Sequence[str], flow: _Flow,
-                 awaited: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        paged: _Paged,
+        unit: str,
+        stages: Sequence[str],
+        flow: _Flow,
+        awaited: frozenset[str] | None = None,
+    ) -> None:
         super().__init__()
         self.paged, self.unit, self.flow, self.awaited = paged, unit, flow, awaited
         self.stages = frozenset(stages)
@@ -391,6 +445,10 @@ def build(checkpoint: Checkpoint, graph: Graph, dtype: torch.dtype, device: torc
     return model
 
 
-def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    module.get_submodule(path)._parameters[leaf] = parameter
+    owner = module.get_submodule(path)
+    if isinstance(value, nn.Parameter):
+        owner._parameters[leaf] = value
+    else:
+        owner._buffers[leaf] = value

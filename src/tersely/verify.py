@@ -48,8 +48,10 @@ def verify(folder: str | Path, *, source: str | Path | None = None, run: bool = 
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != expected:
-            raise VerificationError(f"{file} has changed since it was written: SHA-256 {found[:16]}..., the manifest says "
-                                    f"{expected[:16]}...; copy it again or compress again")
+            raise VerificationError(
+                f"{file} has changed since it was written: SHA-256 {found[:16]}..., the manifest says "
+                f"{expected[:16]}...; copy it again or compress again"
+            )
     checkpoint = open_checkpoint(path)
     outcome: dict[str, list[str]] = manifest["tensors"]
     _account(checkpoint, outcome)
@@ -68,8 +70,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         if not all(isinstance(manifest.get(k), dict) for k in ("files", "tensors", "source")):
             raise ValueError("it lacks files, tensors or source")
     except OSError as error:
-        raise VerificationError(f"{path} has no manifest.json that can be read ({error.strerror}); verify takes a folder that "
-                                "`tersely compress` wrote") from error
+        raise VerificationError(
+            f"{path} has no manifest.json that can be read ({error.strerror}); verify takes a folder that "
+            "`tersely compress` wrote"
+        ) from error
     except ValueError as error:
         raise VerificationError(f"{path / 'manifest.json'} is damaged: {error}") from error
     return manifest
@@ -82,7 +86,9 @@ def _account(checkpoint: Checkpoint, outcome: dict[str, list[str]]) -> None:
             if name not in checkpoint:
                 raise VerificationError(f"{checkpoint.path}: {name}, which holds {source} of the source, is missing")
             if name in claimed:
-                raise VerificationError(f"{checkpoint.path}: both {source} and {claimed[name]} of the source claim {name}")
+                raise VerificationError(
+                    f"{checkpoint.path}: both {source} and {claimed[name]} of the source claim {name}"
+                )
             claimed[name] = source
     for name in checkpoint:
         if name not in claimed:

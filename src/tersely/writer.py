@@ -72,9 +72,7 @@ class Stored:
     spec: TensorSpec
 
 
-def write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, str]
-) -> str:
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, str]) -> str:
     """Streams a safetensors file and returns its SHA-256 (hex).
 
     The order is that of the safetensors library, whatever the order of the mapping: larger elements first (so
@@ -82,13 +80,9 @@ def write_safetensors(
     non-CPU one). ValueError for a dtype or a name that the format has not.
     """
     forms = {name: value.spec if isinstance(value, Stored) else value for name, value in tensors.items()}
-    unknown = [
-        name for name, form in forms.items() if form.dtype not in _DTYPE_NAMES or name == "__metadata__"
-    ]
+    unknown = [name for name, form in forms.items() if form.dtype not in _DTYPE_NAMES or name == "__metadata__"]
     if unknown:
-        raise ValueError(
-            f"cannot store {unknown[0]!r} of {forms[unknown[0]].dtype}; dtypes: {', '.join(DTYPES)}"
-        )
+        raise ValueError(f"cannot store {unknown[0]!r} of {forms[unknown[0]].dtype}; dtypes: {', '.join(DTYPES)}")
     order = sorted(forms, key=lambda name: (-forms[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
@@ -133,9 +127,7 @@ class Writer:
     folder: until `finish`, `close`, or the end of its process.
     """
 
-    def __init__(
-        self, out: Path, job: Mapping[str, Any], *, resume: bool, shard_bytes: int = 5_000_000_000
-    ) -> None:
+    def __init__(self, out: Path, job: Mapping[str, Any], *, resume: bool, shard_bytes: int = 5_000_000_000) -> None:
         self.out = out.absolute()
         self.work = _work_folder(self.out)
         self._shard_bytes = shard_bytes
@@ -232,9 +224,7 @@ class Writer:
 
     def _refuse_existing_out(self) -> None:
         if os.path.lexists(self.out):
-            raise OutputError(
-                f"{self.out} exists; tersely never overwrites: choose another name, or move it away"
-            )
+            raise OutputError(f"{self.out} exists; tersely never overwrites: choose another name, or move it away")
 
     def _begin(self, job: dict[str, Any]) -> None:
         """Takes up the work folder, or lays it out: job.json last, so that where it is, all else is."""
@@ -242,9 +232,7 @@ class Writer:
         before = _read_job(record)
         if before is None:
             if any(units.glob("*.safetensors")):
-                raise OutputError(
-                    f"{self.work} holds finished units, but no readable job.json; remove that folder"
-                )
+                raise OutputError(f"{self.work} holds finished units, but no readable job.json; remove that folder")
             shutil.rmtree(units, ignore_errors=True)
             units.mkdir()
             _replace(record, partial(_pour, chunks=[json.dumps(job, indent=2).encode() + b"\n"]))
@@ -297,8 +285,7 @@ class Writer:
         if len(shards) == 1:
             return {SINGLE: shards[0]}
         return {
-            f"model-{number:05}-of-{len(shards):05}.safetensors": shard
-            for number, shard in enumerate(shards, start=1)
+            f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, start=1)
         }
 
     @contextmanager
@@ -323,9 +310,7 @@ def clear_work(out: Path) -> None:
             (work / "job.json").unlink(missing_ok=True)  # first: what is half removed is no job to continue
             shutil.rmtree(work)
     except OSError as error:
-        raise OutputError(
-            f"{out} is complete, but {work} cannot be removed ({error}); remove it by hand"
-        ) from error
+        raise OutputError(f"{out} is complete, but {work} cannot be removed ({error}); remove it by hand") from error
 
 
 def _work_folder(out: Path) -> Path:
@@ -339,9 +324,7 @@ def _lock(work: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise OutputError(
-            f"another running job writes {work}; wait for it, or choose another output"
-        ) from None
+        raise OutputError(f"another running job writes {work}; wait for it, or choose another output") from None
     except OSError:
         os.close(descriptor)
         raise
@@ -360,9 +343,7 @@ def _header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     try:
         return read_header(path)
     except CheckpointError as error:
-        raise OutputError(
-            f"unfinished work is damaged: {path}; remove this file and continue with --resume"
-        ) from error
+        raise OutputError(f"unfinished work is damaged: {path}; remove this file and continue with --resume") from error
 
 
 def _index(shards: Mapping[str, Mapping[str, Stored]]) -> bytes:

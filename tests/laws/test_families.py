@@ -138,9 +138,7 @@ def _seed() -> Iterator[None]:
 
 
 @form
-def test_every_stored_tensor_is_claimed_once_and_none_is_missing(
-    form: str, made: Callable[[str], Path]
-) -> None:
+def test_every_stored_tensor_is_claimed_once_and_none_is_missing(form: str, made: Callable[[str], Path]) -> None:
     checkpoint = open_checkpoint(made(form))
     graph = read_graph(checkpoint)
     assert sorted(w.name for w in graph.weights) == sorted(checkpoint)
@@ -313,9 +311,7 @@ def test_reordering_the_vocabulary_reorders_the_logits(
     torch.testing.assert_close(tiny.forward(tmp_path / "copy"), reference(path)[..., order])
 
 
-def test_dropping_coordinates_leaves_a_model_of_that_width(
-    made: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_dropping_coordinates_leaves_a_model_of_that_width(made: Callable[[str], Path], tmp_path: Path) -> None:
     path = made("phi3")
     graph, tensors = read_graph(open_checkpoint(path)), load_file(path / FILE)
     mlp = everywhere(graph, tensors, "mlp", lambda n: Index(torch.randperm(n)[:64]), alone=True)
@@ -372,9 +368,7 @@ def filled(pieces: tuple[Piece, ...], tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @form
-def test_every_parameter_in_memory_is_filled_by_what_the_table_says(
-    form: str, made: Callable[[str], Path]
-) -> None:
+def test_every_parameter_in_memory_is_filled_by_what_the_table_says(form: str, made: Callable[[str], Path]) -> None:
     path = made(form)
     graph, tensors = read_graph(open_checkpoint(path)), load_file(path / FILE)
     memory = tiny.load(path).state_dict(keep_vars=True)
@@ -439,9 +433,7 @@ def refusal(path: Path, folder: Path, **changes: Any) -> str:
     return str(caught.value)
 
 
-def test_an_unknown_family_is_an_error_that_lists_the_known(
-    made: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_an_unknown_family_is_an_error_that_lists_the_known(made: Callable[[str], Path], tmp_path: Path) -> None:
     said = refusal(made("llama"), tmp_path / "x", model_type="lama")
     for known in (*families(), "nearest: llama", "no family table for model_type 'lama'"):
         assert known in said
@@ -467,11 +459,7 @@ def test_a_config_that_contradicts_the_tensors_is_an_error(
             continue  # of dense blocks, and it has none
         for other in (value * 2, value // 2):
             said = refusal(path, tmp_path / "x", **{key: other})
-            counted = (
-                r"is missing.*|is stored.*"
-                if "experts" in key
-                else r"has shape \[[\d, ]+\], but .* \d+ for .*"
-            )
+            counted = r"is missing.*|is stored.*" if "experts" in key else r"has shape \[[\d, ]+\], but .* \d+ for .*"
             assert re.search(rf"\.\w+ ({counted}){key} = {other}", said), said
     key = next(k for k in ("num_hidden_layers", "num_layers", "n_layer") if k in config)
     for other in (1, 3):
@@ -479,16 +467,12 @@ def test_a_config_that_contradicts_the_tensors_is_an_error(
             assert f"{key} = {other}" in refusal(path, tmp_path / "x", **{key: other})
 
 
-def test_blocks_for_multi_token_prediction_are_carried_over(
-    made: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_blocks_for_multi_token_prediction_are_carried_over(made: Callable[[str], Path], tmp_path: Path) -> None:
     path = made("deepseek_v3")
     shutil.copytree(path, tmp_path / "x")
     stored = load_file(path / FILE)
     beyond = {
-        name.replace("layers.1.", "layers.2."): tensor.clone()
-        for name, tensor in stored.items()
-        if "layers.1." in name
+        name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in stored.items() if "layers.1." in name
     } | {"model.layers.2.enorm.weight": torch.ones(64), "model.layers.2.eh_proj.weight": torch.ones(64, 128)}
     save_file(stored | beyond, tmp_path / "x" / FILE, metadata={"format": "pt"})
     graph = read_graph(open_checkpoint(tmp_path / "x"))
@@ -507,9 +491,7 @@ HUB: dict[str, tuple[str, Callable[[str], str], dict[str, Tensor]]] = {
     ),
     "bert-base-uncased": (
         "bert",
-        lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        ),
+        lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
         {
             "bert.pooler.dense.weight": torch.ones(64, 64),
             "bert.pooler.dense.bias": torch.ones(64),
@@ -543,9 +525,7 @@ HUB: dict[str, tuple[str, Callable[[str], str], dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("hub", HUB)
-def test_the_forms_that_the_hub_stores_are_read(
-    hub: str, made: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_forms_that_the_hub_stores_are_read(hub: str, made: Callable[[str], Path], tmp_path: Path) -> None:
     family, rename, added = HUB[hub]
     plain = read_graph(open_checkpoint(made(family)))
     shutil.copytree(made(family), tmp_path / "x")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -24,6 +25,8 @@ Clip = Literal["none", "mse"]
 _SHRINKS = 40
 _CHUNK = 1 << 17
 """Elements that are worked on at once: in float32 they fit a core's own cache."""
+_SEARCH_CHUNK = 1 << 19
+"""The same in a search, whose operations all cores share."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,13 @@ class Integers:
 
     def split(self, rows: list[int]) -> list[Integers]:
         """Cut along the outputs: the inverse of stacking weights that share their inputs."""
-        zeros = [None] * len(rows) if self.zero_OG is None else self.zero_OG.split(rows)
-        parts = zip(self.codes_OI.split(rows), self.scale_OG.split(rows), zeros, strict=True)
-        return [Integers(codes, scale, zero, self.bits) for codes, scale, zero in parts]
+        parts = []
+        start = 0
+        for end in accumulate(rows):
+            zero = None if self.zero_OG is None else self.zero_OG[start:end]
+            parts.append(Integers(self.codes_OI[start:end], self.scale_OG[start:end], zero, self.bits))
+            start = end
+        return parts
 
 
 def check_group(group: int, columns: int) -> None:
@@ -90,8 +97,9 @@ def check_group(group: int, columns: int) -> None:
         if not fits:
             fits = sorted((d for d in range(2, columns + 1) if columns % d == 0), key=lambda d: abs(d - group))[:3]
         near = sorted(sorted(fits, key=lambda g: abs(g - group))[:2])
-        raise UsageError(f"group={group} does not divide {columns}; use {' or '.join(map(str, near))}, "
-                         "or 0 for one group per output")
+        raise UsageError(
+            f"group={group} does not divide {columns}; use {' or '.join(map(str, near))}, or 0 for one group per output"
+        )
 
 
 def check_grid(bits: int, group: int, clip: str) -> None:
@@ -104,8 +112,16 @@ def check_grid(bits: int, group: int, clip: str) -> None:
         raise UsageError(f"clip={clip!r}: expected 'none' or 'mse'")
 
 
-def fit_grid(weight_OI: Tensor, *, bits: int, group: int, symmetric: bool, clip: Clip, scale_dtype: torch.dtype,
-             importance_I: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def fit_grid(
+    weight_OI: Tensor,
+    *,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    clip: Clip,
+    scale_dtype: torch.dtype,
+    importance_I: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Scale (O, G) in `scale_dtype` and zero point (O, G) uint8 (None if symmetric) for a weight of any float dtype.
 
     `clip="mse"` shrinks the range of each group by 1 - i/50, i = 0 .. 39, and keeps the shrink with the least
@@ -118,7 +134,7 @@ def fit_grid(weight_OI: Tensor, *, bits: int, group: int, symmetric: bool, clip:
     scale = weight_OI.new_empty((rows, groups), dtype=scale_dtype)
     zero = None if symmetric else torch.empty((rows, groups), dtype=torch.uint8, device=weight_OI.device)
     weigh = None if importance_I is None else importance_I.view(1, groups, size)
-    step = max(1, _CHUNK // columns)
+    step = max(1, (_CHUNK if clip == "none" else _SEARCH_CHUNK) // columns)
     for a in range(0, rows, step):
         w = weight_OI[a : a + step].float().view(-1, groups, size)
         low, high = _range(w, symmetric)
@@ -141,8 +157,11 @@ def round_to_grid(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, b
     for a in range(0, rows, step):
         w = weight_OI[a : a + step].float().view(-1, groups, columns // groups)
         zero = middle if zero_OG is None else zero_OG[a : a + step, :, None].float()
-        w = w / scale_OG[a : a + step, :, None].float() if w.dtype == weight_OI.dtype else w.div_(
-            scale_OG[a : a + step, :, None].float())
+        w = (
+            w / scale_OG[a : a + step, :, None].float()
+            if w.dtype == weight_OI.dtype
+            else w.div_(scale_OG[a : a + step, :, None].float())
+        )
         codes[a : a + step] = w.round_().add_(zero).clamp_(0, (1 << bits) - 1).view(-1, columns)
     return Integers(codes, scale_OG, zero_OG, bits)
 
@@ -166,8 +185,17 @@ def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dt
     return scale, (-low / scale.float()).round_().clamp_(0, levels)
 
 
-def _search(w: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor | None, bits: int, symmetric: bool,
-            dtype: torch.dtype, weigh: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _search(
+    w: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    weigh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     best = torch.full_like(low, torch.inf)
     levels = (1 << bits) - 1
     error = torch.empty_like(w)
@@ -175,14 +203,13 @@ def _search(w: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor | 
         p = 1 - i / 50
         s, z = _grid(low * p, high * p, bits, symmetric, dtype)
         step = s.float()[:, :, None]
-        shift = float(1 << (bits - 1)) if z is None else z[:, :, None]
+        shift = torch.tensor(float(1 << (bits - 1)), device=w.device) if z is None else z[:, :, None]
+        limits = (-shift, levels - shift)
         torch.div(w, step, out=error)
         # In units of the scale: code - zero, clamped, times the scale, minus w.
-        error.round_().clamp_(-shift, levels - shift).mul_(step).sub_(w)
-        if weigh is None:
-            total = error.abs_().pow_(2.4).sum(-1)
-        else:
-            total = error.square_().mul_(weigh).sum(-1)
+        error.round_().clamp_(*limits).mul_(step).sub_(w)
+        loss = error.abs_().pow_(2.4) if weigh is None else error.square_().mul_(weigh)
+        total = loss.sum(-1)
         better = total < best
         best = torch.where(better, total, best)
         scale = torch.where(better, s, scale)

@@ -69,9 +69,7 @@ class Evaluation:
                     facts[name] = Estimate(**_with_infinity(facts[name]))
             return cls(**_with_infinity(facts, "perplexity"))
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"not an evaluation ({error!r}); expected what Evaluation.to_json wrote"
-            ) from error
+            raise DataError(f"not an evaluation ({error!r}); expected what Evaluation.to_json wrote") from error
 
 
 def perplexity(loss: float) -> float:
@@ -118,9 +116,7 @@ def evaluate(
     networks = [load_model(folder, device=device, dtype=dtype) for folder in folders]
     context = _context(context, networks)
     tokenized = [
-        sequences(
-            content, load_tokenizer(f), context=context, samples=samples, seed=seed, purpose="the evaluation"
-        )
+        sequences(content, load_tokenizer(f), context=context, samples=samples, seed=seed, purpose="the evaluation")
         for f in folders
     ]
     data = tokenized[0]
@@ -203,9 +199,7 @@ def _measure(networks: list[Any], batch: MicroBatch, device: str) -> Tensor:
         on_cpu = torch.device(device).type == "cpu"
         step = max(1, (_CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ACCELERATOR) // (4 * V))
         sums_BF = torch.zeros(rows, 4, dtype=torch.float64)
-        keep_BL = (
-            torch.ones(rows, length, dtype=torch.bool) if batch.keep_BL is None else batch.keep_BL[:, 1:]
-        )
+        keep_BL = torch.ones(rows, length, dtype=torch.bool) if batch.keep_BL is None else batch.keep_BL[:, 1:]
         kept_K = keep_BL.reshape(-1).nonzero().squeeze(1)
         for chunk_R in torch.split(kept_K, step):
             b_R, l_R = chunk_R // length, chunk_R % length
@@ -251,6 +245,4 @@ def _without_infinity(facts: Any) -> Any:
 
 
 def _with_infinity(facts: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {
-        name: math.inf if facts[name] is None and name in (names or facts) else facts[name] for name in facts
-    }
+    return {name: math.inf if facts[name] is None and name in (names or facts) else facts[name] for name in facts}

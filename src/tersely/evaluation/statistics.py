@@ -27,9 +27,7 @@ def ratio(totals: Sequence[float], sizes: Sequence[float]) -> Estimate:
     """
     size = math.fsum(sizes)
     if len(totals) != len(sizes) or size <= 0:
-        raise ValueError(
-            f"{len(totals)} totals and {len(sizes)} sizes (sum {size}): expected as many, sum positive"
-        )
+        raise ValueError(f"{len(totals)} totals and {len(sizes)} sizes (sum {size}): expected as many, sum positive")
     value = math.fsum(totals) / size
     clusters = len(totals)
     if clusters < 2:

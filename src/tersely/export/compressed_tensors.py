@@ -20,11 +20,19 @@ def check(graph: Graph, methods: Mapping[str, Encode]) -> None:
     for name in methods:
         weight = graph.weight(name)
         if weight.transposed:
-            raise UsageError(f"{name} is stored as (inputs, outputs), as Conv1D layers are; compressed-tensors holds "
-                             "only linear layers. Use --format dense: an ordinary checkpoint of the same size with the "
-                             "compressed values")
+            raise UsageError(
+                f"{name} is stored as (inputs, outputs), as Conv1D layers are; compressed-tensors holds "
+                "only linear layers. Use --format dense: an ordinary checkpoint of the same size with the "
+                "compressed values"
+            )
         if weight.leaf != "weight" or not name.endswith(".weight"):
             raise UsageError(f"{name} is not the weight of a linear layer; compressed-tensors cannot hold it")
+    schemes = {repr(_weights(method)) for method in methods.values()}
+    if len(schemes) > 1 and not all(method.symmetric for method in methods.values()):
+        raise UsageError(
+            "transformers cannot load a checkpoint of several schemes of which one is asymmetric; use "
+            "--set symmetric=true, one scheme for all weights, or --format dense"
+        )
 
 
 def quantization_config(graph: Graph, methods: Mapping[str, Encode]) -> dict[str, Any]:
@@ -54,13 +62,19 @@ def quantization_config(graph: Graph, methods: Mapping[str, Encode]) -> dict[str
     ignored = [w.name.removesuffix(".weight") for w in linear if w.name not in methods]
     if graph.head is None:
         ignored += graph.family.heads
-        ignored += [p.removesuffix(".weight") for p, path in graph.family.memory.get("", {}).items()
-                    if path in graph.family.heads]
+        ignored += [
+            p.removesuffix(".weight")
+            for p, path in graph.family.memory.get("", {}).items()
+            if path in graph.family.heads
+        ]
     # Engines go by the stored names, transformers by those that it has in memory.
     renamed = [loaded.get(w.name, w.name).removesuffix(".weight") for w in linear if w.name not in methods]
     ignored = list(dict.fromkeys([*ignored, *renamed]))
+    # transformers 5.23 cannot load packed zero points into a compressed layer, only decode them while it loads.
+    decode = {} if all(method.symmetric for method in methods.values()) else {"dequantize": True}
     return {
         "config_groups": groups,
+        **decode,
         "format": "pack-quantized",
         "global_compression_ratio": None,
         "ignore": ignored,
@@ -81,7 +95,7 @@ def _weights(method: Encode) -> dict[str, Any]:
         "dynamic": False,
         "group_size": group or None,
         "num_bits": method.bits,
-        "observer": "memoryless_minmax" if method.clip == "none" else "memoryless_mse",
+        "observer": "memoryless_minmax" if getattr(method, "clip", "none") == "none" else "memoryless_mse",
         "observer_kwargs": {},
         "scale_dtype": None,
         "strategy": "group" if group else "channel",

@@ -46,7 +46,7 @@ class Statistics:
 
 
 def output_energies(weight_OI: Tensor, decoded_OI: Tensor, gram_II: Tensor | None) -> tuple[float, float]:
-    """||(W - W_hat) X||^2 and ||W X||^2 on the calibration tokens; ||W - W_hat||^2 and ||W||^2 without a Gram matrix."""
+    """||(W - W_hat) X||^2 and ||W X||^2 on the calibration tokens; without a Gram matrix X is the identity."""
     weight = weight_OI.float()
     delta = weight - decoded_OI.float()
 

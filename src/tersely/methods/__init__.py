@@ -25,17 +25,23 @@ class Encode(Protocol):
     needs: ClassVar[frozenset[str]]
     """What the engine must measure: "gram"."""
 
-    bits: int
-    group: int
-    symmetric: bool
+    @property
+    def bits(self) -> int:
+        """Of a stored code."""
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale; 0: all of an output."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the grid has no zero point of its own."""
 
     def check(self, columns: int) -> None:
         """UsageError where a weight with this number of inputs cannot be taken."""
-        ...
 
     def __call__(self, weight_OI: Tensor, stats: Statistics) -> Encoded:
         """Encode a weight, (outputs, inputs), in its stored dtype."""
-        ...
 
 
 METHODS: tuple[type[Encode], ...] = (RTN, GPTQ)

@@ -48,11 +48,15 @@ class Cost:
     def check(self, out: Path) -> None:
         """ResourceError where the job cannot fit."""
         if self.memory > self.memory_available:
-            raise ResourceError(f"the job needs about {size(self.memory)} of memory, and {size(self.memory_available)} are free; "
-                                "lower --set calibration.samples or --set calibration.context, or use a machine with more")
+            raise ResourceError(
+                f"the job needs about {size(self.memory)} of memory, and {size(self.memory_available)} are free; "
+                "lower --set calibration.samples or --set calibration.context, or use a machine with more"
+            )
         if self.disk > self.disk_available:
-            raise ResourceError(f"the job needs about {size(self.disk)} of disk at {out.parent}, and "
-                                f"{size(self.disk_available)} are free; make room or choose another folder")
+            raise ResourceError(
+                f"the job needs about {size(self.disk)} of disk at {out.parent}, and "
+                f"{size(self.disk_available)} are free; make room or choose another folder"
+            )
 
 
 def micro_batch_tokens(graph: Graph, dtype: torch.dtype) -> int:
@@ -69,15 +73,24 @@ def suspended_bytes(graph: Graph, tokens: int, dtype: torch.dtype) -> int:
 
 
 def estimate(
-    graph: Graph, methods: Mapping[str, Encode], *, tokens: int, output: int, out: Path, dtype: torch.dtype,
+    graph: Graph,
+    methods: Mapping[str, Encode],
+    *,
+    tokens: int,
+    output: int,
+    out: Path,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> Cost:
     """Expected peak and duration of a job; `tokens` of calibration text (0: none), `output` bytes of weights."""
     blocks = [graph.unit(u) for u in graph.units]
     numel = {u: sum(_numel(w) for w in graph.unit(u)) for u in graph.units}
     copied = max((w.spec.nbytes for w in graph.weights if w.name not in methods), default=0)
-    stages = [[w for w in block if w.name in methods and w.stage == s] for u, block in zip(graph.units, blocks, strict=True)
-              for s in graph.stages(u)]
+    stages = [
+        [w for w in block if w.name in methods and w.stage == s]
+        for u, block in zip(graph.units, blocks, strict=True)
+        for s in graph.stages(u)
+    ]
     encoded = max((_stage_bytes(ws) for ws in stages if ws), default=0)
     gemm = _flops_per_second(device)
     parameters = sum(_numel(graph.weight(n)) for n in methods)
@@ -97,8 +110,11 @@ def estimate(
         memory = _LIBRARIES_MEASURED + max(working, lookup, copied)
         on_device = working if device.type != "cpu" else 0
         forward = sum(2 * tokens * n for n in numel.values()) * (1.1 if held else 2.3)
-        gram_flops = sum(1.3 * tokens * c * c for block in blocks
-                         for c in {w.statistics: w.columns for w in block if w in measured}.values())
+        gram_flops = sum(
+            1.3 * tokens * c * c
+            for block in blocks
+            for c in {w.statistics: w.columns for w in block if w in measured}.values()
+        )
         sweep = sum(2.0 * _numel(w) * w.columns + w.columns**3 / 3 for w in measured)
         loops = sum(c for block in blocks for c in {w.statistics: w.columns for w in block if w in measured}.values())
         seconds += _IMPORT_SECONDS[1] - _IMPORT_SECONDS[0] + (forward + gram_flops + sweep) * 1.4 / gemm + loops * 40e-6

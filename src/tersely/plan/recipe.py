@@ -64,6 +64,12 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise UsageError("a recipe needs at least one step")
+        if not self.needs and self.calibration != Calibration():
+            raise UsageError("calibration has no effect: no step of this recipe measures anything; leave it out")
+
     @property
     def needs(self) -> frozenset[str]:
         """What must be measured on calibration text; empty for data-free recipes."""
@@ -71,8 +77,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default written out."""
-        steps = [{"where": s.where, "method": s.method.name, **dataclasses.asdict(s.method)}  # type: ignore[call-overload]
-                 for s in self.steps]
+        steps = [
+            {"where": s.where, "method": s.method.name, **dataclasses.asdict(s.method)}  # type: ignore[call-overload]
+            for s in self.steps
+        ]
         calibration = {"calibration": dataclasses.asdict(self.calibration)} if self.needs else {}
         return {"seed": self.seed, **calibration, "steps": steps}
 
@@ -108,11 +116,10 @@ def recipe_from_toml(text: str, source: str = "recipe") -> Recipe:
     steps = raw.get("steps")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
         raise UsageError(f"{source} has no [[steps]]: at least one, with `where` and `method`, is expected")
-    recipe = Recipe(tuple(_step(s, f"{source}, step {i + 1}") for i, s in enumerate(steps)),
-                    Calibration(**calibration), raw.get("seed", 0))
-    if calibration and not recipe.needs:
+    read = tuple(_step(s, f"{source}, step {i + 1}") for i, s in enumerate(steps))
+    if calibration and not any(step.method.needs for step in read):
         raise UsageError(f"{source}: [calibration] has no effect: no step measures anything; remove it")
-    return recipe
+    return Recipe(read, Calibration(**calibration), raw.get("seed", 0))
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -155,8 +162,10 @@ def assign(recipe: Recipe, graph: Graph) -> dict[str, Encode]:
             chosen[weight.name] = number
     for number, step in enumerate(recipe.steps):
         if number not in chosen.values():
-            raise UsageError(f"step {number + 1} (where = {step.where!r}) has no effect: later steps select all of its "
-                             "weights; remove it, or put it after them")
+            raise UsageError(
+                f"step {number + 1} (where = {step.where!r}) has no effect: later steps select all of its "
+                "weights; remove it, or put it after them"
+            )
     for name, number in chosen.items():
         weight = graph.weight(name)
         try:
@@ -175,8 +184,10 @@ def _find(name: str) -> Recipe:
     if path.suffix != ".toml":
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"no recipe named {name!r}: {hint}presets are {', '.join(known)}; a recipe of your own is a file "
-                         "that ends in .toml")
+        raise UsageError(
+            f"no recipe named {name!r}: {hint}presets are {', '.join(known)}; a recipe of your own is a file "
+            "that ends in .toml"
+        )
     try:
         return recipe_from_toml(path.read_text("utf-8"), name)
     except (OSError, UnicodeDecodeError) as error:
@@ -206,7 +217,8 @@ def _step(raw: Mapping[str, Any], source: str) -> Step:
     hints = method_fields(method)
     _known(settings, tuple(hints), f"{source} ({method.name})")
     _typed(settings, hints, f"{source} ({method.name})")
-    return Step(raw["where"], method(**settings))
+    # 1 and 1.0 are one value: the recipe's hash must not tell them apart.
+    return Step(raw["where"], method(**{k: float(v) if hints[k] is float else v for k, v in settings.items()}))
 
 
 def method_fields(method: type[Encode]) -> dict[str, Any]:
@@ -231,16 +243,18 @@ def _override(raw: dict[str, Any], key: str, value: Any, text: str) -> None:
         _known({rest[1]: value}, tuple(raw["steps"][number]), f"--set {text}")
         raw["steps"][number][rest[1]] = value
     elif rest:
-        raise UsageError(f"--set {text}: expected a setting of the steps (group=64), steps.N.setting, "
-                         "calibration.setting or seed")
+        raise UsageError(
+            f"--set {text}: expected a setting of the steps (group=64), steps.N.setting, calibration.setting or seed"
+        )
     else:
         hit = [s for s in raw["steps"] if key in s and key != "method"]
         if not hit:
             known = sorted({k for s in raw["steps"] for k in s if k != "method"} | {"seed"})
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UsageError(f"--set {text} has no effect: no step of this recipe has {key!r}; {hint}settings are "
-                             f"{', '.join(known)}")
+            raise UsageError(
+                f"--set {text} has no effect: no step of this recipe has {key!r}; {hint}settings are {', '.join(known)}"
+            )
         for step in hit:
             step[key] = value
 
@@ -277,4 +291,5 @@ def _value(text: str) -> Any:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    # JSON's strings are TOML's, but for one control character that JSON leaves as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)

@@ -38,7 +38,13 @@ class RTN:
     def check(self, columns: int) -> None:
         check_group(self.group, columns)
 
-    def __call__(self, weight_OI: Tensor, stats: Statistics) -> Encoded:
-        scale, zero = fit_grid(weight_OI, bits=self.bits, group=self.group, symmetric=self.symmetric,
-                               clip=self.clip, scale_dtype=weight_OI.dtype)
+    def __call__(self, weight_OI: Tensor, stats: Statistics) -> Encoded:  # noqa: ARG002 (of the protocol)
+        scale, zero = fit_grid(
+            weight_OI,
+            bits=self.bits,
+            group=self.group,
+            symmetric=self.symmetric,
+            clip=self.clip,
+            scale_dtype=weight_OI.dtype,
+        )
         return Encoded((round_to_grid(weight_OI, scale, zero, self.bits),))

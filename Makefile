@@ -1,0 +1,47 @@
+# make setup | demo | test | check | bench | clean        (PYTHON=python3.12 make setup: with another Python, 3.11 or later)
+PYTHON ?= python3
+ASSETS ?= ../shared
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo "make setup   install tersely and its tools into .venv"
+	@echo "make demo    compress the model in the package into demo-out, and show what it cost"
+	@echo "make test    run the tests (ASSETS=PATH: trained models and texts, if you have them)"
+	@echo "make check   lint, formatting, types"
+	@echo "make bench   run the benchmarks that need nothing but tersely and the assets"
+	@echo "make clean   remove what these made, the environment included"
+
+setup: $(STAMP)
+
+# PyTorch first: a build for this machine that is at hand (CPU, CUDA) is then kept.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	rm -rf demo-out demo-out.partial
+	$(BIN)/tersely demo --out demo-out
+
+test: setup
+	$(BIN)/python -m pytest --assets "$(ASSETS)"
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: setup
+	@set -e; for script in benchmarks/bench_*.py; do \
+		[ -e "$$script" ] || { echo "no benchmarks/bench_*.py"; break; }; \
+		echo "== $$script"; $(BIN)/python "$$script" --assets "$(ASSETS)"; \
+	done
+
+clean:
+	rm -rf .venv demo-out demo-out.partial build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
