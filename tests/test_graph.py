@@ -9,7 +9,8 @@ import pytest
 
 from tersely.checkpoint import open_checkpoint
 from tersely.errors import UsageError
-from tersely.graph import Graph, families, read_graph
+from tersely.families import families
+from tersely.graph import Graph, read_graph
 from tests import tiny
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]

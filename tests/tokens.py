@@ -6,10 +6,37 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "the cat sat on a mat and saw one red bird fly over old trees until night came down soft while two small "
-    "dogs ran home by river road"
-).split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "red",
+    "bird",
+    "fly",
+    "over",
+    "old",
+    "trees",
+    "until",
+    "night",
+    "came",
+    "down",
+    "soft",
+    "while",
+    "two",
+    "small",
+    "dogs",
+    "ran",
+    "home",
+    "by",
+    "river",
+    "road",
+]
 
 
 def write_tokenizer(folder: Path) -> Path:

@@ -169,7 +169,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _families(options: argparse.Namespace) -> None:
-    from tersely.graph import families
+    from tersely.families import families
     from tersely.report.terminal import table
 
     rows = [(t, f.auto_class, f"families/{f.name}.toml") for t, f in sorted(families().items())]

@@ -36,7 +36,7 @@ from tersely.plan.recipe import Recipe, assign, load_recipe
 from tersely.report import Report, Row
 from tersely.runtime import load_tokenizer
 from tersely.stream import stream
-from tersely.writer import Stored, Writer, clear_work
+from tersely.writer import Stored, Writer, clear_work, refuse_existing
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the job that is done, 0 to 1."""
@@ -164,6 +164,8 @@ def prepare(
 def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> Report:
     """Do a prepared job; see compress."""
     start = time.perf_counter()
+    if not resume:
+        refuse_existing(job.out.absolute())
     job.cost.check(job.out)
     say = progress or (_silent)
     with _workers() as pool:
@@ -450,7 +452,11 @@ def _report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
             "sequences": len(job.data.ids),
             "tokens": job.data.tokens,
         }
-    notes = [f"{r.name}: {r.note}" for r in rows if r.note]
+    noted: dict[tuple[int | None, str], list[str]] = {}
+    for row in rows:
+        if row.note:
+            noted.setdefault((row.block, row.note), []).append(row.name.removesuffix(".weight"))
+    notes = [f"{', '.join(names)}: {note}" for (_, note), names in noted.items()]
     notes += [f"{n} is stored but not read by the model; carried over" for n in job.graph.extra]
     notes += [f"{n} was left behind" for n in job.checkpoint.left_behind]
     return Report(

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from tersely.errors import UsageError
-from tersely.graph import LOOKUPS, Axis, Graph, Weight
+from tersely.families import LOOKUPS, Axis
+from tersely.graph import Graph, Weight
 
 
 @dataclass(frozen=True, eq=False)

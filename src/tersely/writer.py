@@ -132,7 +132,7 @@ class Writer:
         self.work = _work_folder(self.out)
         self._shard_bytes = shard_bytes
         self._kept = False
-        self._refuse_existing_out()
+        refuse_existing(self.out)
         with self._writing(self.work):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             if resume:
@@ -214,17 +214,13 @@ class Writer:
                 chunks = stream(data) if isinstance(data, Path) else [data]
                 hashes[name] = _write(final / name, partial(_pour, chunks=chunks))
             _sync(final)
-            self._refuse_existing_out()  # rename would replace an empty folder without a word
+            refuse_existing(self.out)  # rename would replace an empty folder without a word
         with self._writing(self.out):
             final.rename(self.out)
             _sync(self.out.parent)
         self.close()
         clear_work(self.out)
         return self.out
-
-    def _refuse_existing_out(self) -> None:
-        if os.path.lexists(self.out):
-            raise OutputError(f"{self.out} exists; tersely never overwrites: choose another name, or move it away")
 
     def _begin(self, job: dict[str, Any]) -> None:
         """Takes up the work folder, or lays it out: job.json last, so that where it is, all else is."""
@@ -296,6 +292,12 @@ class Writer:
             reason, remedy = _CAUSES.get(error.errno or 0, (str(error), "mend that"))
             kept = f". The work so far is kept in {self.work}: continue with --resume" if self._kept else ""
             raise OutputError(f"cannot write {path}: {reason}; {remedy}{kept}") from error
+
+
+def refuse_existing(out: Path) -> None:
+    """OutputError where something has the name of the folder that is to be written."""
+    if os.path.lexists(out):
+        raise OutputError(f"{out} exists; tersely never overwrites: choose another name, or move it away")
 
 
 def clear_work(out: Path) -> None:

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from tersely.checkpoint import open_checkpoint
 from tersely.errors import CheckpointError, UsageError
-from tersely.graph import Graph, Piece, families, read_graph
+from tersely.families import families
+from tersely.graph import Graph, Piece, read_graph
 from tersely.rebase import Basis, Diagonal, Index, Orthogonal, fold_norms, rebase
 from tests import tiny
 

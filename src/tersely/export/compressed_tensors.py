@@ -33,6 +33,18 @@ def check(graph: Graph, methods: Mapping[str, Encode]) -> None:
             "transformers cannot load a checkpoint of several schemes of which one is asymmetric; use "
             "--set symmetric=true, one scheme for all weights, or --format dense"
         )
+    if len(schemes) > 1 and graph.family.decoded:
+        raise UsageError(
+            f"transformers decodes a {graph.model_type} model while it loads it, and that with one scheme only; "
+            "use one scheme for all weights, or --format dense"
+        )
+    experts = [w.name for w in graph.weights if w.expert is not None and w.kind == "linear"]
+    alike = {repr(_weights(methods[n])) if n in methods and methods[n].symmetric else n for n in experts}
+    if len(alike) > 1:
+        raise UsageError(
+            "transformers loads the experts of a compressed checkpoint only if all of them are compressed in the "
+            "same way, on symmetric grids; let one symmetric step select `experts`, or use --format dense"
+        )
 
 
 def quantization_config(graph: Graph, methods: Mapping[str, Encode]) -> dict[str, Any]:
@@ -71,7 +83,8 @@ def quantization_config(graph: Graph, methods: Mapping[str, Encode]) -> dict[str
     renamed = [loaded.get(w.name, w.name).removesuffix(".weight") for w in linear if w.name not in methods]
     ignored = list(dict.fromkeys([*ignored, *renamed]))
     # transformers 5.23 cannot load packed zero points into a compressed layer, only decode them while it loads.
-    decode = {} if all(method.symmetric for method in methods.values()) else {"dequantize": True}
+    symmetric = all(method.symmetric for method in methods.values())
+    decode = {"dequantize": True} if graph.family.decoded or not symmetric else {}
     return {
         "config_groups": groups,
         **decode,

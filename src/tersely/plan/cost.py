@@ -92,7 +92,6 @@ def estimate(
         for s in graph.stages(u)
     ]
     encoded = max((_stage_bytes(ws) for ws in stages if ws), default=0)
-    gemm = _flops_per_second(device)
     parameters = sum(_numel(graph.weight(n)) for n in methods)
     seconds = _IMPORT_SECONDS[0] + parameters * 4e-9 + output / _DISK_RATE + _searches(graph, methods)
     memory, on_device = _LIBRARIES + max(encoded, copied), 0
@@ -117,7 +116,12 @@ def estimate(
         )
         sweep = sum(2.0 * _numel(w) * w.columns + w.columns**3 / 3 for w in measured)
         loops = sum(c for block in blocks for c in {w.statistics: w.columns for w in block if w in measured}.values())
-        seconds += _IMPORT_SECONDS[1] - _IMPORT_SECONDS[0] + (forward + gram_flops + sweep) * 1.4 / gemm + loops * 40e-6
+        seconds += (
+            _IMPORT_SECONDS[1]
+            - _IMPORT_SECONDS[0]
+            + 1.4 * (forward / _flops_per_second(device, dtype) + (gram_flops + sweep) / _flops_per_second(device))
+            + loops * 40e-6
+        )
     # Units lie beside the folder that is put together from them until it is whole.
     disk = 2 * output
     return Cost(memory, disk, seconds, psutil.virtual_memory().available, _free(out), output, on_device)
@@ -167,16 +171,15 @@ def _searches(graph: Graph, methods: Mapping[str, Encode]) -> float:
     return sum(_numel(graph.weight(n)) * 80 * 4e-9 for n, m in methods.items() if getattr(m, "clip", "none") == "mse")
 
 
-def _flops_per_second(device: torch.device) -> float:
-    a = torch.randn(768, 768, device=device)
-    a @ a
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(4):
-        b = a @ a
-    float(b[0, 0])
-    return 4 * 2 * 768**3 / max(time.perf_counter() - start, 1e-6)
+def _flops_per_second(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """The best of a few products, since a busy machine slows single ones down."""
+    a = torch.randn(768, 768, device=device).to(dtype)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        seconds.append(time.perf_counter() - start)
+    return 2 * 768**3 / min(seconds)
 
 
 def _free(out: Path) -> int:
