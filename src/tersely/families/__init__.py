@@ -87,7 +87,7 @@ class Family:
     memory: Mapping[str, Mapping[str, str]]
     when: Mapping[str, Any]
     beyond: Mapping[str, str]
-    norm: Literal[rms, layer]
+    norm: Literal["rms", "layer"]
     prefix: str = ""
     linear_layout: str = "out_in"
     norm_offset: float = 0.0
