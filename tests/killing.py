@@ -21,10 +21,17 @@ from typing import Any
 
 def main(path: str) -> None:
     plan = json.loads(Path(path).read_text("utf-8"))
-    import transformers  # noqa: F401  imported once, before the processes part
+    import torch
+    from transformers import AutoTokenizer  # noqa: F401
 
     import tersely.compression  # noqa: F401
+    from tersely.checkpoint import open_checkpoint
+    from tersely.graph import read_graph
+    from tersely.stream import build
 
+    # What takes long to import is imported once, before the processes part.
+    checkpoint = open_checkpoint(plan["source"])
+    build(checkpoint, read_graph(checkpoint), torch.float32, torch.device("cpu"))
     folder = Path(plan["folder"])
     moments = folder / "moments"
     failed = []

@@ -132,6 +132,7 @@ def sequences(
     samples: int | None = None,
     seed: int = 0,
     purpose: str = "this",
+    settings: str = "",
 ) -> Sequences:
     """Tokenize a text into sequences of at most `context` tokens.
 
@@ -142,7 +143,8 @@ def sequences(
     of over 2 million characters, much longer than n windows, only these are tokenized: each from the
     first white space behind a character drawn by `seed` from its stretch.
 
-    purpose: what the data are for ("calibration"), for messages. Raises UsageError: context < 2 or
+    purpose: what the data are for ("calibration"), for messages; settings: what stands before the name of a
+    setting there ("--set calibration."). Raises UsageError: context < 2 or
     samples < 1; DataError: fewer sequences than samples, or none.
     """
     if context < 2:
@@ -150,13 +152,15 @@ def sequences(
     if samples is not None and samples < 1:
         raise UsageError(f"samples={samples}: take at least 1, or leave it out to take all")
     if DOCUMENT_SEPARATOR in text:
-        return _from_documents(text, tokenizer, context, samples, purpose)
+        return _from_documents(text, tokenizer, context, samples, purpose, settings)
     if samples is not None and len(text) > max(_LONG, 2 * samples * context * _CHARACTERS_A_TOKEN):
-        return _from_places(text, tokenizer, context, samples, seed, purpose)
-    return _from_windows(text, tokenizer, context, samples, seed, purpose)
+        return _from_places(text, tokenizer, context, samples, seed, purpose, settings)
+    return _from_windows(text, tokenizer, context, samples, seed, purpose, settings)
 
 
-def _from_documents(text: str, tokenizer: Tokenizer, context: int, samples: int | None, purpose: str) -> Sequences:
+def _from_documents(
+    text: str, tokenizer: Tokenizer, context: int, samples: int | None, purpose: str, settings: str
+) -> Sequences:
     ids: list[Tensor] = []
     nbytes: list[int] = []
     used: list[str] = []
@@ -169,18 +173,18 @@ def _from_documents(text: str, tokenizer: Tokenizer, context: int, samples: int 
         ids.append(ids_L[:context].clone())
         nbytes.append(_predicted_bytes(document, ends[:context]))
         used.append(document)
-    _require(len(ids), samples, "documents of 2 tokens or more", purpose)
+    _require(len(ids), samples, "documents of 2 tokens or more", purpose, settings)
     name = _sha256({"kind": "documents", "context": context}, DOCUMENT_SEPARATOR.join(used))
     return Sequences(tuple(ids), "documents", tuple(nbytes), name)
 
 
 def _from_windows(
-    text: str, tokenizer: Tokenizer, context: int, samples: int | None, seed: int, purpose: str
+    text: str, tokenizer: Tokenizer, context: int, samples: int | None, seed: int, purpose: str, settings: str
 ) -> Sequences:
     ids_T, ends = _tokenize(text, tokenizer)
     whole = len(ids_T) // context
     count = whole or int(len(ids_T) >= 2)
-    _require(count, samples, f"windows of {context} tokens (the text has {len(ids_T)} tokens)", purpose)
+    _require(count, samples, f"windows of {context} tokens (the text has {len(ids_T)} tokens)", purpose, settings)
     chosen = list(range(count))
     if samples is not None:
         draw = random.Random(seed)
@@ -192,7 +196,9 @@ def _from_windows(
     return Sequences(ids, "windows", nbytes, name)
 
 
-def _from_places(text: str, tokenizer: Tokenizer, context: int, samples: int, seed: int, purpose: str) -> Sequences:
+def _from_places(
+    text: str, tokenizer: Tokenizer, context: int, samples: int, seed: int, purpose: str, settings: str
+) -> Sequences:
     draw = random.Random(seed)
     stretch = len(text) / samples
     ids: list[Tensor] = []
@@ -213,7 +219,7 @@ def _from_places(text: str, tokenizer: Tokenizer, context: int, samples: int, se
             ids.append(ids_T[:context].clone())
             nbytes.append(_predicted_bytes(piece, ends[:context]))
             places.append(begin)
-    _require(len(ids), samples, f"stretches of the text with {context} tokens", purpose)
+    _require(len(ids), samples, f"stretches of the text with {context} tokens", purpose, settings)
     name = _sha256({"kind": "windows", "context": context, "places": places}, text)
     return Sequences(tuple(ids), "windows", tuple(nbytes), name)
 
@@ -238,12 +244,12 @@ def _predicted_bytes(text: str, ends: list[int]) -> int:
     return len(text[ends[0] : ends[-1]].encode())
 
 
-def _require(found: int, samples: int | None, what: str, purpose: str) -> None:
+def _require(found: int, samples: int | None, what: str, purpose: str, settings: str) -> None:
     if found >= (samples or 1):
         return
     if samples is None:
         raise DataError(f"{purpose} needs text, but no {what} were found; give more text")
-    advice = f"use samples={found}, a shorter context" if found else "use a shorter context"
+    advice = f"use {settings}samples={found}, a shorter context" if found else "use a shorter context"
     raise DataError(f"{purpose} asks for {samples} samples, but there are only {found} {what}; {advice} or more text")
 
 

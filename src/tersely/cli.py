@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersely import __version__
@@ -60,11 +62,15 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from tersely.compression import prepare, run
+    from tersely.compression import run
+    from tersely.job import prepare
     from tersely.plan.cost import duration
     from tersely.plan.recipe import load_recipe
     from tersely.report.terminal import cost_lines, report_table
+    from tersely.writer import refuse_existing
 
+    if not options.resume:
+        refuse_existing(Path(options.out).absolute())
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     recipe = load_recipe(options.recipe, [*options.set, *seed])
     job = prepare(
@@ -349,23 +355,33 @@ def _console(stream: Any) -> Console:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar with the time left on standard error; nothing where that is no terminal."""
+    """Progress on standard error: a bar with the time left, or, where that is no terminal, a line every 20 seconds."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from tersely.plan.cost import duration
+
     console = _console(sys.stderr)
-    with Progress(
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
+    )
+    start = said = time.monotonic()
+
+    def say(what: str, share: float) -> None:
+        nonlocal said
+        bar.update(task, description=what, completed=share)
+        now = time.monotonic()
+        if not console.is_terminal and now - said > 20 and share > 0:
+            said = now
+            print(f"{100 * share:3.0f} %  {what}, {duration((now - start) * (1 / share - 1))} left", file=sys.stderr)
+
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
+        yield say
 
 
 def _estimate(estimate: Estimate | None, factor: float = 1, unit: str = "") -> str:

@@ -6,15 +6,12 @@ cost; nothing is written. `run` does the job. No method, family or format is kno
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +19,18 @@ import torch
 from torch import Tensor
 
 from tersely import __version__
-from tersely.calibrate import Sequences, micro_batches, read_text, sequences
-from tersely.checkpoint import Checkpoint, open_checkpoint
+from tersely.calibrate import micro_batches
 from tersely.codecs.integer import Integers
 from tersely.encoding import Format, Result, encode, encode_free, require_finite, stored_bytes
-from tersely.errors import CheckpointError, OutputError, UsageError
-from tersely.export import compressed_tensors
-from tersely.graph import Graph, Weight, read_graph
+from tersely.graph import Weight
+from tersely.job import Job, prepare
+from tersely.manifest import files, finished, report
 from tersely.measure import Statistics
-from tersely.methods import Encode
-from tersely.plan.cost import SUSPEND_BYTES, Cost, estimate, micro_batch_tokens, suspended_bytes
-from tersely.plan.recipe import Recipe, assign, load_recipe
-from tersely.report import Report, Row
-from tersely.runtime import load_tokenizer
+from tersely.plan.cost import SUSPEND_BYTES, micro_batch_tokens, suspended_bytes
+from tersely.plan.recipe import Recipe
+from tersely.report import Report
 from tersely.stream import stream
-from tersely.writer import Stored, Writer, clear_work, refuse_existing
+from tersely.writer import Stored, Writer, refuse_existing
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the job that is done, 0 to 1."""
@@ -44,25 +38,6 @@ _AHEAD_BYTES = 256_000_000
 """Of the source's blocks that are encoded before they are written."""
 _GROUP_BYTES = 192_000_000
 """Of a file of several blocks, or of one large tensor, that becomes a shard as it lies."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked job: what will be done, to what, with what, at which cost."""
-
-    checkpoint: Checkpoint
-    graph: Graph
-    recipe: Recipe
-    methods: Mapping[str, Encode]
-    """Stored name -> method."""
-    calibration: str | None
-    data: Sequences | None
-    out: Path
-    format: Format
-    device: torch.device
-    dtype: torch.dtype
-    """In which the calibration runs."""
-    cost: Cost
 
 
 def compress(
@@ -92,82 +67,13 @@ def compress(
     )
 
 
-def prepare(
-    source: str | Path,
-    recipe: str | Path | Recipe,
-    out: str | Path,
-    *,
-    calibration: str | Path | None = None,
-    format: Format = "compressed-tensors",
-    device: str = "cpu",
-) -> Job:
-    """Check everything that can be checked before work begins, and estimate the cost; writes nothing."""
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    where = _device(device)
-    checkpoint = open_checkpoint(source)
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
-        raise CheckpointError(f"{checkpoint.path} is quantized already ({method}); start from the original checkpoint")
-    graph = read_graph(checkpoint)
-    methods = assign(recipe, graph)
-    if format == "compressed-tensors":
-        compressed_tensors.check(graph, methods)
-    elif format != "dense":
-        raise UsageError(f"format={format!r}: expected 'compressed-tensors' or 'dense'")
-    dtype = _compute_dtype(graph, where)
-    data = None
-    if recipe.needs:
-        if calibration is None:
-            raise UsageError(
-                "this recipe measures activations: give it text with --calibration FILE (a few hundred "
-                "pages like what the model will be used on), or take a data-free preset such as w4a16"
-            )
-        tokenizer = load_tokenizer(checkpoint.path)
-        data = sequences(
-            read_text(calibration),
-            tokenizer,
-            context=recipe.calibration.context,
-            samples=recipe.calibration.samples,
-            seed=recipe.seed,
-            purpose="calibration",
-        )
-    elif calibration is not None:
-        raise UsageError(
-            f"--calibration {calibration} has no effect: no step of this recipe measures anything; leave it out, "
-            "or take a recipe that does, such as w4a16-gptq"
-        )
-    cost = estimate(
-        graph,
-        methods,
-        tokens=data.tokens if data else 0,
-        output=_output_bytes(checkpoint, graph, methods, format),
-        out=Path(out),
-        dtype=dtype,
-        device=where,
-    )
-    return Job(
-        checkpoint,
-        graph,
-        recipe,
-        methods,
-        None if calibration is None else str(calibration),
-        data,
-        Path(out),
-        format,
-        where,
-        dtype,
-        cost,
-    )
-
-
 def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> Report:
     """Do a prepared job; see compress."""
     start = time.perf_counter()
     if not resume:
         refuse_existing(job.out.absolute())
     job.cost.check(job.out)
-    say = progress or (_silent)
+    say = progress or _silent
     with _workers() as pool:
         # Without data the first blocks are encoded while the source is hashed.
         ahead = _Ahead(pool, job, _groups(job)) if job.data is None and not resume else None
@@ -180,7 +86,7 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
             "compute": f"{job.device.type} {str(job.dtype).removeprefix('torch.')}",
         }
         if resume and job.out.is_dir():
-            return _finished(job, facts)
+            return finished(job, facts)
         writer = Writer(job.out, facts, resume=resume)
         try:
             with torch.no_grad():
@@ -192,12 +98,14 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
                     encoded = _measured(job, writer, say)
                 # Small tensors come last, to share a shard with the last blocks.
                 units = sorted([*kept, *encoded], key=lambda unit: (unit == "small", unit not in kept))
-            report = _report(job, [row for unit in units for row in writer.facts(unit)["rows"]])
-            writer.finish(units, _files(job, facts, writer, units, report))
+            written = [writer.facts(unit) for unit in units]
+            result = report(job, [row for unit in written for row in unit["rows"]])
+            outcome = {name: stored for unit in written for name, stored in unit["outcome"].items()}
+            writer.finish(units, files(job, facts, outcome, result))
         finally:
             writer.close()
     say("finished", 1.0)
-    return replace(report, seconds=time.perf_counter() - start)
+    return replace(result, seconds=time.perf_counter() - start)
 
 
 def _kept(job: Job, writer: Writer) -> list[str]:
@@ -302,7 +210,7 @@ def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
     """Encode block by block while the calibration text runs through the model, then the head if a step selects it."""
     assert job.data is not None
     graph = job.graph
-    files = {unit: f"block-{number:05d}" for number, unit in enumerate(_units(job))}
+    named = {unit: f"block-{number:05d}" for number, unit in enumerate(_units(job))}
     plain = not graph.has_experts
     batches = micro_batches(
         job.data,
@@ -312,7 +220,7 @@ def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
     padded = sum(b.ids_BL.numel() for b in batches)
     suspend = plain and suspended_bytes(graph, padded, job.dtype) <= SUSPEND_BYTES
     measured: dict[str, tuple[str, ...]] = {}
-    for unit, file in files.items():
+    for unit, file in named.items():
         needing = {w.stage for w in graph.unit(unit) if w.name in job.methods and job.methods[w.name].needs}
         if needing and not writer.done(file):
             measured[unit] = tuple(s for s in graph.stages(unit) if s in needing)
@@ -332,8 +240,8 @@ def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
     def replaced(unit: str) -> Mapping[str, Tensor]:
         """A finished block runs with what was written; of a new one, the weights that need no data come first."""
         results.clear()
-        if writer.done(files[unit]):
-            return _decoded_unit(job, writer, files[unit], unit)
+        if writer.done(named[unit]):
+            return _decoded_unit(job, writer, named[unit], unit)
         return {weight.name: decoded for weight, decoded in encoded(unit, None, {})}
 
     total = sum(len(stages) for stages in measured.values())
@@ -354,9 +262,9 @@ def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
                 steps += 1
                 for weight, decoded in encoded(stop.unit, stop.stage, stop.statistics):
                     stop.replace(weight, decoded)
-            if (stop.stage is None or not stop.unit) and not writer.done(files[stop.unit]):
-                writer.put(files[stop.unit], *_unit(job, stop.unit, results))
-    for unit, file in files.items():
+            if (stop.stage is None or not stop.unit) and not writer.done(named[stop.unit]):
+                writer.put(named[stop.unit], *_unit(job, stop.unit, results))
+    for unit, file in named.items():
         if not writer.done(file):
             writer.put(file, *_free_unit(job, unit))
         yield file
@@ -399,127 +307,6 @@ def _decoded_unit(job: Job, writer: Writer, name: str, unit: str) -> dict[str, T
             own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix + "weight_")}
             decoded[weight.name] = Integers.from_tensors(own, job.methods[weight.name].bits).decode()
     return decoded
-
-
-def _files(job: Job, facts: Mapping[str, Any], writer: Writer, units: Sequence[str], report: Report) -> dict[str, Any]:
-    config = dict(job.checkpoint.config)
-    if job.format == "compressed-tensors":
-        config["quantization_config"] = compressed_tensors.quantization_config(job.graph, job.methods)
-    if job.graph.tied and any(job.graph.weight(n).role == "head" for n in job.methods):
-        config["tie_word_embeddings"] = False
-    outcome = {name: stored for unit in units for name, stored in writer.facts(unit)["outcome"].items()}
-    manifest = {
-        "tersely": __version__,
-        "versions": {p: version(p) for p in ("torch", "transformers", "compressed-tensors")}
-        | {"python": platform.python_version()},
-        "source": {"name": job.checkpoint.source, "files": facts["source"]},
-        "job": {k: v for k, v in facts.items() if k != "source"},
-        "recipe_hash": job.recipe.hash,
-        "seed": job.recipe.seed,
-        "data": report.calibration,
-        "tensors": outcome,
-        "left_behind": list(job.checkpoint.left_behind),
-    }
-    carried = {
-        name: job.checkpoint.path / name
-        for name in job.checkpoint.companions
-        if name not in ("recipe.toml", "report.json", "manifest.json")
-    }
-
-    def seal(hashes: Mapping[str, str]) -> bytes:
-        return _json({**manifest, "files": dict(sorted(hashes.items()))})
-
-    return {
-        **carried,
-        "config.json": _json(config),
-        "recipe.toml": job.recipe.to_toml().encode(),
-        "report.json": report.to_json().encode(),
-        "manifest.json": seal,
-    }
-
-
-def _report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
-    rows = tuple(Row(**row) for row in plain)
-    before = sum(job.checkpoint.spec(n).nbytes for n in job.checkpoint)
-    after = before - sum(r.bytes_before - r.bytes_after for r in rows)
-    parameters = sum(job.checkpoint.spec(n).nbytes // job.checkpoint.spec(n).dtype.itemsize for n in job.checkpoint)
-    data = None
-    if job.data is not None:
-        data = {
-            "name": job.calibration,
-            "sha256": job.data.sha256,
-            "kind": job.data.kind,
-            "sequences": len(job.data.ids),
-            "tokens": job.data.tokens,
-        }
-    noted: dict[tuple[int | None, str], list[str]] = {}
-    for row in rows:
-        if row.note:
-            noted.setdefault((row.block, row.note), []).append(row.name.removesuffix(".weight"))
-    notes = [f"{', '.join(names)}: {note}" for (_, note), names in noted.items()]
-    notes += [f"{n} is stored but not read by the model; carried over" for n in job.graph.extra]
-    notes += [f"{n} was left behind" for n in job.checkpoint.left_behind]
-    return Report(
-        source=job.checkpoint.source,
-        out=str(job.out),
-        format=job.format,
-        recipe=job.recipe.to_dict(),
-        calibration=data,
-        rows=rows,
-        bytes_before=before,
-        bytes_after=after,
-        parameters=parameters,
-        notes=tuple(notes),
-    )
-
-
-def _finished(job: Job, facts: Mapping[str, Any]) -> Report:
-    """`--resume` of a job whose folder is whole already."""
-    try:
-        manifest = json.loads((job.out / "manifest.json").read_text("utf-8"))
-        plain = json.loads((job.out / "report.json").read_text("utf-8"))
-        same = (
-            manifest["job"] == {k: v for k, v in facts.items() if k != "source"}
-            and manifest["source"]["files"] == facts["source"]
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise OutputError(f"{job.out} exists and is not the result of this job; choose another folder, or move it away")
-    clear_work(job.out)
-    rows = tuple(Row(**{k: v for k, v in row.items() if k != "bits"}) for row in plain.pop("rows"))
-    return Report(**{**plain, "out": str(job.out), "rows": rows, "notes": tuple(plain["notes"])})
-
-
-def _output_bytes(checkpoint: Checkpoint, graph: Graph, methods: Mapping[str, Encode], format: Format) -> int:
-    total = sum(checkpoint.spec(n).nbytes for n in checkpoint)
-    if format == "dense":
-        return total
-    return total - sum(graph.weight(n).spec.nbytes - stored_bytes(graph.weight(n), m) for n, m in methods.items())
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
-    return device
-
-
-def _compute_dtype(graph: Graph, device: torch.device) -> torch.dtype:
-    """The checkpoint's own dtype; float32 instead of float16 on a CPU, which has no fast half precision."""
-    stored = next((w.spec.dtype for w in graph.weights if w.kind == "linear"), torch.float32)
-    if not stored.is_floating_point or stored.itemsize < 2 or (stored == torch.float16 and device.type == "cpu"):
-        return torch.float32
-    return stored
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _silent(_what: str, _share: float) -> None:

@@ -14,7 +14,8 @@ import tersely.compression as module
 from tersely.calibrate import MicroBatch
 from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.codecs import Integers
-from tersely.compression import Format, compress
+from tersely.compression import compress
+from tersely.encoding import Format
 from tersely.errors import UsageError
 from tersely.graph import Graph, read_graph
 from tersely.measure import Statistics

@@ -1,6 +1,6 @@
 """The numbers of the main job: quality beside llm-compressor, time in pairs, memory, and a plain load.
 
-    python benchmarks/foundation.py [quality] [time] [memory] [copy] --assets ../shared --peer peer/bin/python
+    python benchmarks/bench_foundation.py [quality] [time] [memory] [copy] --assets ../shared --peer peer/bin/python
 
 Without parts, all run. `--peer` is the Python of an environment with llm-compressor (peers/llm_compressor.py);
 without it only our side is measured. Results are added to benchmarks/results/DATE-foundation.json and shown as tables.

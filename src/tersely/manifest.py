@@ -1,0 +1,122 @@
+"""What lies beside the weights of a finished job: config, recipe, report and manifest.
+
+They hold no times, no dates and no paths, so that equal jobs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tersely import __version__
+from tersely.errors import OutputError
+from tersely.export import compressed_tensors
+from tersely.job import Job
+from tersely.report import Report, Row
+from tersely.writer import FileContent, clear_work
+
+
+def files(
+    job: Job, facts: Mapping[str, Any], outcome: Mapping[str, Sequence[str]], report: Report
+) -> dict[str, FileContent]:
+    """Name -> content of every file beside the weights; `outcome`: source tensor -> what stands for it."""
+    config = dict(job.checkpoint.config)
+    if job.format == "compressed-tensors":
+        config["quantization_config"] = compressed_tensors.quantization_config(job.graph, job.methods)
+    if job.graph.tied and any(job.graph.weight(n).role == "head" for n in job.methods):
+        config["tie_word_embeddings"] = False
+    manifest = {
+        "tersely": __version__,
+        "versions": {p: version(p) for p in ("torch", "transformers", "compressed-tensors")}
+        | {"python": platform.python_version()},
+        "source": {"name": _name(job), "files": facts["source"]},
+        "job": {k: v for k, v in facts.items() if k != "source"},
+        "recipe_hash": job.recipe.hash,
+        "seed": job.recipe.seed,
+        "data": report.calibration,
+        "tensors": dict(outcome),
+        "left_behind": list(job.checkpoint.left_behind),
+    }
+    carried = {
+        name: job.checkpoint.path / name
+        for name in job.checkpoint.companions
+        if name not in ("recipe.toml", "report.json", "manifest.json")
+    }
+
+    def seal(hashes: Mapping[str, str]) -> bytes:
+        return _json({**manifest, "files": dict(sorted(hashes.items()))})
+
+    return {
+        **carried,
+        "config.json": _json(config),
+        "recipe.toml": job.recipe.to_toml().encode(),
+        "report.json": report.to_json().encode(),
+        "manifest.json": seal,
+    }
+
+
+def report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
+    """What was done, from the facts of all units."""
+    rows = tuple(Row(**row) for row in plain)
+    before = sum(job.checkpoint.spec(n).nbytes for n in job.checkpoint)
+    after = before - sum(r.bytes_before - r.bytes_after for r in rows)
+    parameters = sum(job.checkpoint.spec(n).nbytes // job.checkpoint.spec(n).dtype.itemsize for n in job.checkpoint)
+    data = None
+    if job.data is not None:
+        data = {
+            "name": job.calibration,
+            "sha256": job.data.sha256,
+            "kind": job.data.kind,
+            "sequences": len(job.data.ids),
+            "tokens": job.data.tokens,
+        }
+    noted: dict[tuple[int | None, str], list[str]] = {}
+    for row in rows:
+        if row.note:
+            noted.setdefault((row.block, row.note), []).append(row.name.removesuffix(".weight"))
+    notes = [f"{', '.join(names)}: {note}" for (_, note), names in noted.items()]
+    notes += [f"{n} is stored but not read by the model; carried over" for n in job.graph.extra]
+    notes += [f"{n} was left behind" for n in job.checkpoint.left_behind]
+    return Report(
+        source=_name(job),
+        out=str(job.out),
+        format=job.format,
+        recipe=job.recipe.to_dict(),
+        calibration=data,
+        rows=rows,
+        bytes_before=before,
+        bytes_after=after,
+        parameters=parameters,
+        notes=tuple(notes),
+    )
+
+
+def finished(job: Job, facts: Mapping[str, Any]) -> Report:
+    """`--resume` of a job whose folder is whole already."""
+    try:
+        manifest = json.loads((job.out / "manifest.json").read_text("utf-8"))
+        plain = json.loads((job.out / "report.json").read_text("utf-8"))
+        same = (
+            manifest["job"] == {k: v for k, v in facts.items() if k != "source"}
+            and manifest["source"]["files"] == facts["source"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise OutputError(f"{job.out} exists and is not the result of this job; choose another folder, or move it away")
+    clear_work(job.out)
+    rows = tuple(Row(**{k: v for k, v in row.items() if k != "bits"}) for row in plain.pop("rows"))
+    return Report(**{**plain, "out": str(job.out), "rows": rows, "notes": tuple(plain["notes"])})
+
+
+def _name(job: Job) -> str:
+    """The hub name, or the folder's own name: a path would differ from machine to machine."""
+    return Path(job.checkpoint.source).resolve().name if Path(job.checkpoint.source).exists() else job.checkpoint.source
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
