@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def tokens_of(text: str) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_are_frozen_dataclasses_with_a_documented_name_and_defaults(method: type[Encode]) -> None:
-    made = make(method)
+    made: Any = make(method)
     assert dataclasses.is_dataclass(made)
     field = next(iter(method_fields(method)))
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -120,7 +121,7 @@ def test_the_error_falls_as_bits_are_added(method: type[Encode], symmetric: bool
     for bits in range(2, 9):
         encoded = make(method, bits=bits, group=32, symmetric=symmetric)(weight_OI, measured(gram_II))
         errors.append(weighted_error(weight_OI, encoded.decode(), gram_II))
-    assert all(fewer > 1.5 * more for fewer, more in zip(errors, errors[1:], strict=False))
+    assert all(fewer > 1.5 * more for fewer, more in pairwise(errors))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -382,7 +383,7 @@ def test_a_gram_matrix_without_full_rank_is_damped_when_the_user_asks_for_it() -
 
 def with_eigenvalue(value: float) -> Tensor:
     """A matrix of mean diagonal about 1 whose least eigenvalue is `value`: rounding in a long sum can do this."""
-    basis, _ = torch.linalg.qr(weights(64, 64, seed=9).double())
+    basis: Tensor = torch.linalg.qr(weights(64, 64, seed=9).double())[0]
     values = torch.ones(64, dtype=torch.float64)
     values[0] = value
     return ((basis * values) @ basis.t() * TOKENS).float()

@@ -350,7 +350,8 @@ def _console(stream: Any) -> Console:
     from rich.console import Console
 
     width = None if stream.isatty() else 160
-    return Console(file=stream, highlight=False, width=width)
+    # Paths and tensor names may hold brackets, which are no markup.
+    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from tersely.graph import Graph, read_graph
 from tersely.methods import Encode
 from tersely.plan.cost import Cost, estimate
 from tersely.plan.recipe import Recipe, assign, load_recipe
-from tersely.runtime import load_tokenizer
+from tersely.runtime import find_device, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def prepare(
     """Check everything that can be checked before work begins, and estimate the cost; writes nothing."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    where = _device(device)
+    where = find_device(device)
     checkpoint = open_checkpoint(source)
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
@@ -114,18 +114,6 @@ def _output_bytes(checkpoint: Checkpoint, graph: Graph, methods: Mapping[str, En
     if format == "dense":
         return total
     return total - sum(graph.weight(n).spec.nbytes - stored_bytes(graph.weight(n), m) for n, m in methods.items())
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
-    return device
 
 
 def _compute_dtype(graph: Graph, device: torch.device) -> torch.dtype:

@@ -47,7 +47,7 @@ def load_model(
     are read, no code in the folder runs, nothing is downloaded.
 
     Raises CheckpointError: missing or corrupt, an architecture that is none of causal, masked and seq2seq
-    language models, or weights that are missing, left over or of a wrong shape.
+    language models, or weights that are missing, left over or of a wrong shape; UsageError: no such device.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -57,7 +57,7 @@ def load_model(
         "masked": AutoModelForMaskedLM,
         "seq2seq": AutoModelForSeq2SeqLM,
     }
-    placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+    placed = {} if find_device(device).type == "cpu" else {"device_map": {"": device}}
     with quiet():
         try:
             model, info = loaders[kind].from_pretrained(
@@ -161,6 +161,23 @@ class _Text:
         piece, self.whole = text[len(self.whole) :], text
         if self._stream is not None and piece:
             self._stream(piece)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name. UsageError where there is none: cpu, cuda and cuda:N are known."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UsageError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu")
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name}: PyTorch sees cuda:0 to cuda:{count - 1} here")
+    return device
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

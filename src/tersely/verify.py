@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tersely.checkpoint import Checkpoint, open_checkpoint
-from tersely.errors import VerificationError
+from tersely.errors import CheckpointError, VerificationError
 from tersely.runtime import load_model
 
 
@@ -53,6 +53,9 @@ def verify(folder: str | Path, *, source: str | Path | None = None, run: bool = 
                 f"{expected[:16]}...; copy it again or compress again"
             )
     checkpoint = open_checkpoint(path)
+    for name in ("config.json", "report.json", *checkpoint.weight_files):
+        if name not in files:
+            raise VerificationError(f"{path / 'manifest.json'} is damaged: it has no hash of {name}")
     outcome: dict[str, list[str]] = manifest["tensors"]
     _account(checkpoint, outcome)
     unchanged = None
@@ -60,14 +63,16 @@ def verify(folder: str | Path, *, source: str | Path | None = None, run: bool = 
         unchanged = _same_source(open_checkpoint(source), manifest)
     if run:
         _run(path)
-    encoded = sum(stored != [name] for name, stored in outcome.items())
+    encoded = len(json.loads((path / "report.json").read_bytes())["rows"])
     return Verification(str(path), len(files), len(outcome), encoded, len(checkpoint), run, unchanged)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
-        if not all(isinstance(manifest.get(k), dict) for k in ("files", "tensors", "source")):
+        manifest: Any = json.loads((path / "manifest.json").read_text("utf-8"))
+        if not isinstance(manifest, dict) or not all(
+            isinstance(manifest.get(k), dict) for k in ("files", "tensors", "source")
+        ):
             raise ValueError("it lacks files, tensors or source")
     except OSError as error:
         raise VerificationError(
@@ -76,7 +81,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise VerificationError(f"{path / 'manifest.json'} is damaged: {error}") from error
-    return manifest
+    return dict(manifest)
 
 
 def _account(checkpoint: Checkpoint, outcome: dict[str, list[str]]) -> None:
@@ -104,7 +109,10 @@ def _same_source(source: Checkpoint, manifest: dict[str, Any]) -> bool:
 
 
 def _run(path: Path) -> None:
-    model: Any = load_model(path)
+    try:
+        model: Any = load_model(path)
+    except CheckpointError as error:
+        raise VerificationError(f"its files are whole, but {error}") from error
     vocabulary = int(model.get_input_embeddings().num_embeddings)
     ids = torch.arange(16).remainder(vocabulary)[None]
     extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}

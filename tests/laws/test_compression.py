@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tersely.compression as module
 from tersely.calibrate import MicroBatch
 from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.codecs import Integers
@@ -23,7 +22,7 @@ from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
 from tersely.plan.recipe import Calibration, Recipe, Step, assign
 from tersely.report import Report
-from tersely.stream import Stop
+from tersely.stream import Stop, stream
 from tersely.verify import verify
 from tests.plain import logits_of, write_changed
 from tests.tiny import FAMILIES, forward, tiny
@@ -110,9 +109,11 @@ def test_a_data_free_job_loads_as_the_source_with_the_weights_of_the_method(
     report = compress(checkpoint.path, FREE[name], tmp_path / "out", format=format_of(model_type))
     expected = write_changed(checkpoint.path, tmp_path / "expected", rounded(checkpoint, graph, FREE[name]))
     assert torch.equal(forward(tmp_path / "out"), forward(expected))
-    assert not torch.equal(forward(expected), forward(checkpoint.path))
     assert {row.name for row in report.rows} == set(assign(FREE[name], graph))
-    assert verify(tmp_path / "out").ran
+    assert verify(tmp_path / "out", run=False).encoded == len(report.rows)
+    if name == "4 bits":
+        assert verify(tmp_path / "out").ran
+        assert not torch.equal(forward(expected), forward(checkpoint.path))
 
 
 @pytest.mark.parametrize(("model_type", "name"), CASES)
@@ -127,15 +128,14 @@ def test_a_measured_job_loads_as_the_model_that_it_had_in_memory(
     """The logits of the last step of the paged forward, all blocks compressed, against plain transformers."""
     logits: list[Tensor] = []
     data: list[MicroBatch] = []
-    own = module.stream
 
     def watched(
         checkpoint: Checkpoint, graph: Graph, batches: tuple[MicroBatch, ...], **settings: Any
     ) -> Iterator[Stop]:
         data.extend(batches)
-        return own(checkpoint, graph, batches, logits=logits, **settings)
+        return stream(checkpoint, graph, batches, logits=logits, **settings)
 
-    monkeypatch.setattr(module, "stream", watched)
+    monkeypatch.setattr("tersely.compression.stream", watched)
     path = source(model_type)
     report = compress(path, MEASURED[name], tmp_path / "out", calibration=text, format=format_of(model_type))
     loaded = logits_of(tmp_path / "out", data, one_by_one=model_type in EXPERTS)
