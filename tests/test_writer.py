@@ -128,7 +128,7 @@ def test_the_finished_folder_opens_with_everything_in_it(tmp_path: Path) -> None
         hashes.update(of)
         return b"manifest"
 
-    files = {"manifest.json": manifest, "tokenizer.json": tmp_path / "tokenizer.json"}
+    files: dict[str, Any] = {"manifest.json": manifest, "tokenizer.json": tmp_path / "tokenizer.json"}
     out = written(tmp_path / "new" / "out", units, **files)
     assert out == tmp_path / "new" / "out"
     checkpoint = open_checkpoint(out)

@@ -17,7 +17,7 @@ from tersely.errors import OutputError
 from tersely.export import compressed_tensors
 from tersely.job import Job
 from tersely.report import Report, Row
-from tersely.writer import FileContent, clear_work
+from tersely.writer import FileContent, clear_work, differences
 
 
 def files(
@@ -100,14 +100,14 @@ def finished(job: Job, facts: Mapping[str, Any]) -> Report:
     try:
         manifest = json.loads((job.out / "manifest.json").read_text("utf-8"))
         plain = json.loads((job.out / "report.json").read_text("utf-8"))
-        same = (
-            manifest["job"] == {k: v for k, v in facts.items() if k != "source"}
-            and manifest["source"]["files"] == facts["source"]
+        before = {**manifest["job"], "source": manifest["source"]["files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{job.out} exists, and no job of tersely left it; choose another folder") from error
+    if other := list(differences(before, dict(facts))):
+        raise OutputError(
+            f"{job.out} exists and is the result of another job: {'; '.join(other)}. "
+            "Choose another folder, or move it away"
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise OutputError(f"{job.out} exists and is not the result of this job; choose another folder, or move it away")
     clear_work(job.out)
     rows = tuple(Row(**{k: v for k, v in row.items() if k != "bits"}) for row in plain.pop("rows"))
     return Report(**{**plain, "out": str(job.out), "rows": rows, "notes": tuple(plain["notes"])})

@@ -233,9 +233,9 @@ class Writer:
             units.mkdir()
             _replace(record, partial(_pour, chunks=[json.dumps(job, indent=2).encode() + b"\n"]))
             _sync(self.out.parent)
-        elif differences := list(_differences(before, job)):
+        elif other := list(differences(before, job)):
             raise OutputError(
-                f"{self.work} holds another job: {'; '.join(differences)}. Ask for the same job again, or "
+                f"{self.work} holds another job: {'; '.join(other)}. Ask for the same job again, or "
                 "remove that folder to start anew"
             )
         for stale in units.glob("*.tmp"):
@@ -356,7 +356,8 @@ def _index(shards: Mapping[str, Mapping[str, Stored]]) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    """Every key path whose JSON values differ, with both: "recipe.steps.0.bits: 4 then, 3 now"."""
     if isinstance(before, dict) and isinstance(now, dict):
         pairs = [(key, before.get(key, _ABSENT), now.get(key, _ABSENT)) for key in sorted({*before, *now})]
     elif isinstance(before, list) and isinstance(now, list):
@@ -368,7 +369,7 @@ def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
             yield f"{where}: {_short(then)} then, {_short(new)} now"
         return
     for key, then, new in pairs:
-        yield from _differences(then, new, f"{where}.{key}" if where else key)
+        yield from differences(then, new, f"{where}.{key}" if where else key)
 
 
 def _short(text: str) -> str:
