@@ -1,7 +1,7 @@
 """The paged forward: a whole model runs with the weights of one block in memory at a time.
 
 The model is transformers' own, built on the meta device. Every micro-batch runs through its forward once, as a
-*flow*: a thread that runs only when it is told to, and pauses at the entrance of each block, inside it where a
+*flow*: a greenlet, which runs when it is told to and pauses at the entrance of each block, inside it where a
 statistic is complete, and at its exit. So all flows stand at the same place, the block's weights are read from
 the checkpoint, statistics are gathered, weights are replaced by their compressed form, and the next block sees
 what the compressed one gives. There is no copy of any model's forward here, no tracing, and no knowledge of a
@@ -18,12 +18,13 @@ Two ways through a block, bit-equal in their results:
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from greenlet import greenlet
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from torch.overrides import TorchFunctionMode
@@ -58,53 +59,51 @@ class _SeenError(BaseException):
 
 
 class _Flow:
-    """One micro-batch on its way through the model."""
+    """One micro-batch on its way through the model.
+
+    A greenlet and not a thread: all flows share the one team of OpenMP threads and the one heap, where threads would
+    each have their own, which made small jobs up to three times slower.
+    """
 
     def __init__(self, batch: MicroBatch, run: Callable[[MicroBatch], Any]) -> None:
         self.batch = batch
         self.result: Any = None
+        self.watched: _Watched | None = None
         self._run = run
-        self._place: tuple[str, str] | None = None
-        self._error: BaseException | None = None
-        self._go, self._still = threading.Semaphore(0), threading.Semaphore(0)
-        self._cancelled = False
-        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._greenlet = greenlet(self._main)
 
     def advance(self) -> tuple[str, str] | None:
         """Run to the next pause and return where that is; None when the forward has ended."""
-        if self._thread.ident is None:
-            self._thread.start()
-        self._go.release()
-        self._still.acquire()
-        if self._error is not None:
-            raise self._error
-        return self._place
+        place: tuple[str, str] | None = self._greenlet.switch()
+        return place
 
     def pause(self, unit: str, place: str) -> None:
         """Called inside the flow: wait until it is told to go on."""
-        self._place = (unit, place)
-        self._still.release()
-        self._go.acquire()
-        if self._cancelled:
-            raise _CancelledError
+        parent = self._greenlet.parent
+        assert parent is not None
+        parent.switch((unit, place))
 
     def cancel(self) -> None:
-        self._cancelled = True
-        if self._thread.ident is not None and self._thread.is_alive():
-            self._go.release()
-            self._thread.join(timeout=5)
+        if not self._greenlet.dead:
+            self._greenlet.throw(_CancelledError)
 
     def _main(self) -> None:
-        self._go.acquire()
-        try:
-            with torch.no_grad():
-                self.result = self._run(self.batch)
-        except _CancelledError:
-            pass
-        except BaseException as error:
-            self._error = error
-        self._place = None
-        self._still.release()
+        with suppress(_CancelledError):
+            self.result = self._run(self.batch)
+
+
+@dataclass
+class _Watched:
+    """What is gathered in a block: the inputs of the weights of these stages.
+
+    With `awaited` the forward ends when all of these statistics have been seen; without, the flow pauses before the
+    first weight of each stage.
+    """
+
+    unit: str
+    stages: frozenset[str]
+    awaited: frozenset[str] | None = None
+    seen: set[str] = field(default_factory=set)
 
 
 def stream(
@@ -147,13 +146,13 @@ def stream(
         if logits is not None:
             paged.with_head = True
             for flow in flows:
-                paged.flow = flow
-                flow.advance()
+                paged.advance(flow)
                 logits.append(flow.result.logits)
                 flow.result = None
     finally:
-        for flow in flows:
-            flow.cancel()
+        with paged.watch:
+            for flow in flows:
+                flow.cancel()
 
 
 class _Paged:
@@ -172,6 +171,7 @@ class _Paged:
         self.dtype, self.device, self.suspend = dtype, device, suspend
         self.model = build(checkpoint, graph, dtype, device)
         self.flow: _Flow | None = None
+        self.watch = _Watch(self)
         self.with_head = False
         self.sites: dict[int, tuple[Weight, ...]] = {}
         """Address of a weight in memory -> the stored weights that lie there."""
@@ -190,14 +190,18 @@ class _Paged:
         if self.graph.family.auto_class == "Seq2SeqLM":
             start = self.model.config.decoder_start_token_id
             inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-        with _Outside(self):
-            return self.model(**inputs)
+        return self.model(**inputs)
+
+    def advance(self, flow: _Flow) -> tuple[str, str] | None:
+        """Let one flow run to its next pause, watched; nothing outside it is."""
+        self.flow = flow
+        with torch.no_grad(), self.watch:
+            return flow.advance()
 
     def meet(self, flows: Sequence[_Flow], unit: str, place: str) -> None:
         """Bring every flow to one place."""
         for flow in flows:
-            self.flow = flow
-            reached = flow.advance()
+            reached = self.advance(flow)
             if reached != (unit, place):
                 raise AssertionError(f"a flow stopped at {reached} on its way to {(unit, place)}")
 
@@ -288,7 +292,7 @@ class _Paged:
         return rows.to(device=self.device, dtype=self.dtype)[inverse]
 
     def _trim(self) -> None:
-        """Give freed pages back: glibc keeps those of each flow's thread, so that memory would grow block by block.
+        """Give freed pages back: glibc keeps them between blocks otherwise.
 
         They have to be faulted in again, which small models, that do not need it, would feel.
         """
@@ -335,15 +339,15 @@ class _Paged:
             assert flow is not None
             flow.pause(unit, "enter")
             if self.suspend:
-                with _Inside(self, unit, stages, flow):
-                    output = own(*args, **kwargs)
+                flow.watched = _Watched(unit, frozenset(stages))
+                output = own(*args, **kwargs)
+                flow.watched = None
             else:
                 for stage in stages:
-                    try:
-                        with _Inside(self, unit, (stage,), flow, self._awaited(unit, stage)):
-                            own(*args, **kwargs)
-                    except _SeenError:
-                        pass
+                    flow.watched = _Watched(unit, frozenset({stage}), self._awaited(unit, stage))
+                    with suppress(_SeenError):
+                        own(*args, **kwargs)
+                    flow.watched = None
                     flow.pause(unit, stage)
                 output = own(*args, **kwargs)
             flow.pause(unit, "exit")
@@ -355,8 +359,8 @@ class _Paged:
         return frozenset(w.statistics for w in self.graph.unit(unit) if w.kind == "linear" and w.stage == stage)
 
 
-class _Outside(TorchFunctionMode):
-    """Serves lookups from the checkpoint, and stops a flow at the head."""
+class _Watch(TorchFunctionMode):
+    """Serves lookups from the checkpoint, gathers what weights of a block multiply, and stops a flow at the head."""
 
     def __init__(self, paged: _Paged) -> None:
         super().__init__()
@@ -366,56 +370,41 @@ class _Outside(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is embedding and (weight := self.paged.lookups.get(id(args[1]))) is not None:
             return self.paged.lookup(args[0], weight)
-        if func is linear and (weight := self.paged.lookups.get(id(args[1]))) is not None:
-            flow = self.paged.flow
-            assert flow is not None
-            for stage in self.paged.measured.get("", ()):
-                self.paged.observe((weight,), args[0])
-                flow.pause("", stage)
-            if not self.paged.with_head:
-                raise _CancelledError
-            value = self.paged.checkpoint[weight.name].to(device=self.paged.device, dtype=self.paged.dtype)
-            return func(args[0], value, *args[2:], **kwargs)
-        return func(*args, **kwargs)
-
-
-class _Inside(TorchFunctionMode):
-    """Gathers the inputs of the weights of one block, for the stages asked for.
-
-    With `awaited` it ends the forward when all of these statistics have been seen; without, it pauses the flow
-    before the first weight of each stage.
-    """
-
-    def __init__(
-        self,
-        paged: _Paged,
-        unit: str,
-        stages: Sequence[str],
-        flow: _Flow,
-        awaited: frozenset[str] | None = None,
-    ) -> None:
-        super().__init__()
-        self.paged, self.unit, self.flow, self.awaited = paged, unit, flow, awaited
-        self.stages = frozenset(stages)
-        self.seen: set[str] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is linear:
+            if (weight := self.paged.lookups.get(id(args[1]))) is not None:
+                return func(args[0], self._head(args[0], weight), *args[2:], **kwargs)
             self._see(args[1], args[0])
         elif func is torch.addmm:
             self._see(args[2], args[1])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _head(self, x: Tensor, weight: Weight) -> Tensor:
+        for stage in self.paged.measured.get("", ()):
+            self.paged.observe((weight,), x)
+            self._pause("", stage)
+        if not self.paged.with_head:
+            raise _CancelledError
+        return self.paged.checkpoint[weight.name].to(device=self.paged.device, dtype=self.paged.dtype)
 
     def _see(self, parameter: Tensor, x: Tensor) -> None:
-        weights = self.paged.sites.get(parameter.data_ptr())
-        if weights is None or weights[0].stage not in self.stages or weights[0].statistics in self.seen:
+        flow = self.paged.flow
+        watched = flow.watched if flow is not None else None
+        if watched is None or (weights := self.paged.sites.get(parameter.data_ptr())) is None:
             return
-        self.seen.add(weights[0].statistics)
+        if weights[0].stage not in watched.stages or weights[0].statistics in watched.seen:
+            return
+        watched.seen.add(weights[0].statistics)
         self.paged.observe(weights, x)
-        if self.awaited is None:
-            self.flow.pause(self.unit, weights[0].stage)
-        elif self.seen == self.awaited:
+        if watched.awaited is None:
+            self._pause(watched.unit, weights[0].stage)
+        elif watched.seen == watched.awaited:
             raise _SeenError
+
+    def _pause(self, unit: str, place: str) -> None:
+        # Inside a mode's own function PyTorch has put the mode aside, for the whole thread; others must find it.
+        with self:
+            assert self.paged.flow is not None
+            self.paged.flow.pause(unit, place)
 
 
 def build(checkpoint: Checkpoint, graph: Graph, dtype: torch.dtype, device: torch.device) -> Any:

@@ -24,7 +24,7 @@ from tersely.methods import Encode
 
 SUSPEND_BYTES = 512 << 20
 """Up to this size, intermediate activations of all micro-batches are held so that each block runs once."""
-_MICRO_BYTES = 64 << 20
+_MICRO_BYTES = 16 << 20
 _LIBRARIES = 280 << 20
 _LIBRARIES_MEASURED = 520 << 20
 _IMPORT_SECONDS = (1.5, 4.5)
@@ -60,7 +60,7 @@ class Cost:
 
 
 def micro_batch_tokens(graph: Graph, dtype: torch.dtype) -> int:
-    """Tokens of a micro-batch: as many as keep its widest activations within 64 MB, 512 to 8192."""
+    """Tokens of a micro-batch: as many as keep its widest activations within 16 MB, 512 to 8192."""
     widest = max(w.columns for w in graph.weights if w.kind == "linear")
     return max(512, min(8192, _MICRO_BYTES // (4 * widest * dtype.itemsize)))
 
@@ -101,7 +101,7 @@ def estimate(
         hidden = 2 * tokens * graph.sizes["residual"] * dtype.itemsize
         suspended = suspended_bytes(graph, tokens, dtype)
         held = suspended if suspended <= SUSPEND_BYTES and not graph.has_experts else 0
-        inside = 8 * _MICRO_BYTES // 4
+        inside = 8 * _MICRO_BYTES
         experts = _expert_grams(graph, methods)
         grams = max(4 * columns * columns * 2, experts)
         working = max(numel.values()) * dtype.itemsize + hidden + max(held, inside) + grams + encoded
