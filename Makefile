@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/tersely demo --out demo-out
 
 test: setup
-	$(BIN)/python -m pytest --assets "$(ASSETS)"
+	$(BIN)/python -m pytest --assets="$(ASSETS)"
 
 check: setup
 	$(BIN)/ruff check
