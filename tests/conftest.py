@@ -14,5 +14,5 @@ def assets(request: pytest.FixtureRequest) -> Path:
     """The folder of trained models and real texts; skips the test where there is none."""
     folder = Path(request.config.rootpath, request.config.getoption("--assets")).resolve()
     if not (folder / "models").is_dir() or not (folder / "data").is_dir():
-        pytest.skip(f"assets folder {folder} not found: pass --assets PATH")
+        pytest.skip(f"assets folder {folder} not found: pass --assets=PATH")
     return folder

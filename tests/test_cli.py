@@ -471,7 +471,11 @@ def test_ctrl_c_ends_with_code_130_and_resume_continues(
 ) -> None:
     source = write_tokenizer(tiny("llama", tmp_path / "source", blocks=25))
     out = tmp_path / "out"
-    job = ["compress", str(source), str(out), "--recipe", "w4a16-gptq", "--calibration", str(text), *GROUP, *TEXT]
+    # Enough work that the job is not over before the signal, however busy the machine is.
+    long = tmp_path / "long.txt"
+    long.write_text(text.read_text() * 40)
+    much = ("--set", "calibration.samples=64", "--set", "calibration.context=128")
+    job = ["compress", str(source), str(out), "--recipe", "w4a16-gptq", "--calibration", str(long), *GROUP, *much]
     command = [sys.executable, "-m", "tersely", *job]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         units = tmp_path / "out.partial" / "units"
