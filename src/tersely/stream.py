@@ -122,8 +122,9 @@ def stream(
 
     `measured`: unit -> stages before which to stop with complete statistics ("" -> ("head_in",) for the head).
     `replaced`: called when a block is paged in: stored name -> weight, (outputs, inputs), to use instead of the
-    stored one. `logits`: a list that receives the logits of each micro-batch; without it the run ends behind the last
-    block (or the head's statistics).
+    stored one. `suspend`: wait inside the blocks (not with experts, whose statistics are complete only at the end
+    of a block), or repeat them. `logits`: a list that receives the logits of each micro-batch; without it the run
+    ends behind the last block (or the head's statistics).
 
     Yields a Stop before each measured stage and behind each block. CheckpointError where the model has a
     parameter that the checkpoint does not give.
