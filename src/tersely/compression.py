@@ -20,8 +20,7 @@ from torch import Tensor
 
 from tersely import __version__
 from tersely.calibrate import micro_batches
-from tersely.codecs.integer import Integers
-from tersely.encoding import Format, Result, encode, encode_free, require_finite, stored_bytes
+from tersely.encoding import Format, Result, decode, encode, encode_free, require_finite, stored_bytes
 from tersely.graph import Weight
 from tersely.job import Job, prepare
 from tersely.manifest import files, finished, report
@@ -298,14 +297,8 @@ def _decoded_unit(job: Job, writer: Writer, name: str, unit: str) -> dict[str, T
     tensors = writer.tensors(name)
     decoded = {}
     for weight in job.graph.unit(unit):
-        if weight.name not in job.methods:
-            continue
-        if job.format == "dense":
-            decoded[weight.name] = tensors[weight.name].t() if weight.transposed else tensors[weight.name]
-        else:
-            prefix = weight.name.removesuffix("weight")
-            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix + "weight_")}
-            decoded[weight.name] = Integers.from_tensors(own, job.methods[weight.name].bits).decode()
+        if weight.name in job.methods:
+            decoded[weight.name] = decode(weight, tensors, job.methods[weight.name], job.format)
     return decoded
 
 

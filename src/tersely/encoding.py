@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tersely.checkpoint import Checkpoint
-from tersely.codecs import Encoded
+from tersely.codecs import Encoded, Integers
 from tersely.errors import CheckpointError
 from tersely.graph import Weight
 from tersely.measure import Statistics, output_energies
@@ -99,6 +99,15 @@ def encode_free(
         lost, total, note = lost + energies[0], total + energies[1], encoded.note
     stored = {name: _joined(name, [s[name] for s in slabs]) for name in slabs[0]}
     return Result(stored, _row(weight, method, stored, lost, total, 0, note))
+
+
+def decode(weight: Weight, tensors: Mapping[str, Tensor], method: Encode, format: Format) -> Tensor:
+    """The weight, (outputs, inputs), that `encode` left in the tensors of a unit, as it ran then."""
+    if format == "dense":
+        return _oriented(weight, tensors[weight.name])
+    prefix = weight.name.removesuffix("weight")
+    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix + "weight_")}
+    return Integers.from_tensors(own, method.bits).decode()
 
 
 def stored_bytes(weight: Weight, method: Encode) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tersely.errors import UsageError
 
 Clip = Literal["none", "mse"]
-_SHRINKS = 40
+SHRINKS = 40
 _CHUNK = 1 << 17
 """Elements that are worked on at once: in float32 they fit a core's own cache."""
 _SEARCH_CHUNK = 1 << 19
@@ -199,7 +199,7 @@ def _search(
     best = torch.full_like(low, torch.inf)
     levels = (1 << bits) - 1
     error = torch.empty_like(w)
-    for i in range(_SHRINKS):
+    for i in range(SHRINKS):
         p = 1 - i / 50
         s, z = _grid(low * p, high * p, bits, symmetric, dtype)
         step = s.float()[:, :, None]

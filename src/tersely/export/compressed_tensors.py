@@ -103,12 +103,12 @@ def quantization_config(graph: Graph, methods: Mapping[str, Encode]) -> dict[str
 def _weights(method: Encode) -> dict[str, Any]:
     group: int = method.group
     return {
-        "actorder": "static" if getattr(method, "act_order", False) else None,
+        "actorder": "static" if method.act_order else None,
         "block_structure": None,
         "dynamic": False,
         "group_size": group or None,
         "num_bits": method.bits,
-        "observer": "memoryless_minmax" if getattr(method, "clip", "none") == "none" else "memoryless_mse",
+        "observer": "memoryless_minmax" if method.clip == "none" else "memoryless_mse",
         "observer_kwargs": {},
         "scale_dtype": None,
         "strategy": "group" if group else "channel",

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from tersely.codecs import Encoded
+from tersely.codecs.integer import Clip
 from tersely.measure import Statistics
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
@@ -36,6 +37,14 @@ class Encode(Protocol):
     @property
     def symmetric(self) -> bool:
         """Whether the grid has no zero point of its own."""
+
+    @property
+    def clip(self) -> Clip:
+        """How the range of a group is chosen."""
+
+    @property
+    def act_order(self) -> bool:
+        """Whether columns are taken by the size of their inputs."""
 
     def check(self, columns: int) -> None:
         """UsageError where a weight with this number of inputs cannot be taken."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from tersely.codecs.integer import SHRINKS
 from tersely.errors import ResourceError
 from tersely.graph import Graph, Weight
 from tersely.methods import Encode
@@ -168,7 +169,7 @@ def _expert_grams(graph: Graph, methods: Mapping[str, Encode]) -> int:
 
 
 def _searches(graph: Graph, methods: Mapping[str, Encode]) -> float:
-    return sum(_numel(graph.weight(n)) * 80 * 4e-9 for n, m in methods.items() if getattr(m, "clip", "none") == "mse")
+    return sum(_numel(graph.weight(n)) * SHRINKS * 4e-9 for n, m in methods.items() if m.clip == "mse")
 
 
 def _flops_per_second(device: torch.device, dtype: torch.dtype = torch.float32) -> float:

@@ -24,6 +24,7 @@ class RTN:
 
     name: ClassVar[str] = "rtn"
     needs: ClassVar[frozenset[str]] = frozenset()
+    act_order: ClassVar[bool] = False
 
     bits: int = 4
     group: int = 128
