@@ -19,7 +19,7 @@ SOURCE = Path(tersely.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     ("errors",),
-    ("checkpoint", "families"),
+    ("checkpoint", "families", "results"),
     ("graph", "writer", "calibrate", "codecs"),
     ("measure", "rebase"),
     ("methods",),

@@ -25,7 +25,7 @@ from tersely.job import prepare
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
 from tersely.plan.recipe import Calibration, Recipe, Step, recipe_from_toml
-from tersely.report import Report, Row
+from tersely.results import Report, Row
 from tests.tiny import forward, tiny
 from tests.tokens import write_text, write_tokenizer
 

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from tersely.evaluation import evaluate as evaluate
     from tersely.graph import Graph as Graph
     from tersely.plan.recipe import Recipe as Recipe
-    from tersely.report import Report as Report
+    from tersely.results import Report as Report
 
 _HOMES = {
     "Checkpoint": "tersely.checkpoint",
     "Evaluation": "tersely.evaluation",
     "Graph": "tersely.graph",
     "Recipe": "tersely.plan.recipe",
-    "Report": "tersely.report",
+    "Report": "tersely.results",
     "compress": "tersely.compression",
     "evaluate": "tersely.evaluation",
     "open": "tersely.checkpoint",

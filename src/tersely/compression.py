@@ -27,7 +27,7 @@ from tersely.manifest import files, finished, report
 from tersely.measure import Statistics
 from tersely.plan.cost import SUSPEND_BYTES, micro_batch_tokens, suspended_bytes
 from tersely.plan.recipe import Recipe
-from tersely.report import Report
+from tersely.results import Report
 from tersely.stream import stream
 from tersely.writer import Stored, Writer, refuse_existing
 

@@ -20,7 +20,7 @@ from tersely.errors import CheckpointError
 from tersely.graph import Weight
 from tersely.measure import Statistics, output_energies
 from tersely.methods import Encode
-from tersely.report import Row
+from tersely.results import Row
 
 Format = Literal["compressed-tensors", "dense"]
 _SLAB_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}

@@ -16,7 +16,7 @@ from tersely import __version__
 from tersely.errors import OutputError
 from tersely.export import compressed_tensors
 from tersely.job import Job
-from tersely.report import Report, Row
+from tersely.results import Report, Row
 from tersely.writer import FileContent, clear_work, differences
 
 

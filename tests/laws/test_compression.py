@@ -21,7 +21,7 @@ from tersely.measure import Statistics
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
 from tersely.plan.recipe import Calibration, Recipe, Step, assign
-from tersely.report import Report
+from tersely.results import Report
 from tersely.stream import Stop, stream
 from tersely.verify import verify
 from tests.plain import logits_of, write_changed

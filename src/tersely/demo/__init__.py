@@ -11,7 +11,7 @@ from typing import Any
 
 from tersely.compression import compress
 from tersely.evaluation import Evaluation, evaluate
-from tersely.report import Report
+from tersely.results import Report
 from tersely.runtime import generate
 from tersely.verify import Verification, verify
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from tersely.checkpoint import Checkpoint
 from tersely.graph import Graph, Weight
 from tersely.plan.cost import Cost, duration, size
-from tersely.report.job import Report, Row
+from tersely.results import Report, Row
 
 ROLES = ("embedding", "attention", "mlp", "expert", "router", "norm", "head", "other")
 

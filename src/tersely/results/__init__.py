@@ -1,0 +1,39 @@
+"""The facts that jobs and measurements give: plain data, written and read as JSON, free of any library."""
+
+from tersely.results.blame import Blame, Depth, Site
+from tersely.results.estimate import Estimate
+from tersely.results.evaluation import (
+    Bin,
+    Comparison,
+    Divergence,
+    Evaluation,
+    Part,
+    Sample,
+    Setting,
+    Subject,
+    TaskResult,
+    TextResult,
+)
+from tersely.results.job import Report, Row
+from tersely.results.speed import Point, Speed
+
+__all__ = [
+    "Bin",
+    "Blame",
+    "Comparison",
+    "Depth",
+    "Divergence",
+    "Estimate",
+    "Evaluation",
+    "Part",
+    "Point",
+    "Report",
+    "Row",
+    "Sample",
+    "Setting",
+    "Site",
+    "Speed",
+    "Subject",
+    "TaskResult",
+    "TextResult",
+]
