@@ -4,10 +4,12 @@ from tersely.results.blame import Blame, Depth, Site
 from tersely.results.estimate import Estimate
 from tersely.results.evaluation import (
     Bin,
+    Calibration,
     Comparison,
     Divergence,
     Evaluation,
     Part,
+    Reliability,
     Sample,
     Setting,
     Subject,
@@ -20,6 +22,7 @@ from tersely.results.speed import Point, Speed
 __all__ = [
     "Bin",
     "Blame",
+    "Calibration",
     "Comparison",
     "Depth",
     "Divergence",
@@ -27,6 +30,7 @@ __all__ = [
     "Evaluation",
     "Part",
     "Point",
+    "Reliability",
     "Report",
     "Row",
     "Sample",

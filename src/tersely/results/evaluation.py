@@ -121,6 +121,29 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Reliability:
+    """Answers whose confidence lies in one tenth of 0 to 1: how sure the model was, and how often it was right."""
+
+    items: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether a model's certainty in multiple-choice answers is earned (its risk scores).
+
+    A choice's risk score is its share of the probability of all choices. brier: mean over items of the sum over
+    choices of (risk score - [it is the answer])^2, 0 to 2. error: expected calibration error of the chosen answer in
+    ten equal bins, sum over bins of n_b / n * |accuracy_b - confidence_b|.
+    """
+
+    brier: Estimate
+    error: Estimate
+    bins: tuple[Reliability, ...]
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """A model, and where one is given its base, on a task. Scores are in the metric's own unit (shares 0 to 1)."""
 
@@ -142,6 +165,9 @@ class TaskResult:
     """Items that only the base answers rightly; None for a metric that is not right or wrong."""
     gained: int | None
     parts: tuple[Part, ...]
+    calibration: Calibration | None
+    """Of the model; for multiple choice."""
+    base_calibration: Calibration | None
     harness: Mapping[str, float]
     """What the harness itself aggregated for the model, by its own names."""
     seconds: float = field(default=0.0, compare=False)
