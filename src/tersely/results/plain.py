@@ -7,6 +7,7 @@ import json
 import math
 import types
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tersely.errors import DataError
@@ -42,6 +43,9 @@ def from_json(kind: type[T], text: str) -> T:
     return made
 
 
+_hints = lru_cache(get_type_hints)
+
+
 def _read(kind: Any, plain: Any, name: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
@@ -51,7 +55,7 @@ def _read(kind: Any, plain: Any, name: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(plain, dict):
             raise TypeError(f"{name or kind.__name__}: expected an object")
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
         if unknown := plain.keys() - known:
             raise KeyError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
