@@ -13,8 +13,8 @@ from tersely.results.plain import from_json, to_json
 class Point:
     """One cell of the grid: `batch` sequences at once.
 
-    prefill: `length` prompt tokens each, up to the first new token. decode: `tokens` new ones after such a prompt,
-    the first not counted. seconds: median of the repeats, fastest and slowest beside it;
+    prefill: `length` prompt tokens each, up to the first new token (tokens = length). decode: `tokens` new ones after
+    such a prompt, the first not counted. seconds: median of the repeats, fastest and slowest beside it;
     tokens_per_second: of all sequences together, by the median.
     """
 
@@ -52,7 +52,7 @@ class Speed:
     disk: int
     """Bytes of all files of the model."""
     notes: tuple[str, ...]
-    """Cells left out, and why."""
+    """Cells left out, and why; what must be known of the engine's figures."""
     seconds: float = field(default=0.0, compare=False)
 
     def to_json(self) -> str:
