@@ -1,9 +1,16 @@
-"""Loss, divergence and their standard errors."""
+"""A whole evaluation: what it puts together, what it refuses, and that a killed one goes on."""
 
+from __future__ import annotations
+
+import html
 import json
 import math
-import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,314 +19,325 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tersely.calibrate import documents, read_text
-from tersely.errors import CheckpointError, DataError, UsageError
-from tersely.evaluation import Estimate, Evaluation, divergence, evaluate, perplexity, ratio
-from tersely.runtime import generate, load_model, load_tokenizer, quiet
-
-WORDS = re.findall(r"\w+", "the cat sat on a mat and saw one red bird fly over old trees until night came down soft")
-
-
-def write_tokenizer(folder: Path, words: list[str]) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    wrap: Any = PreTrainedTokenizerFast  # untyped in transformers
-    fast = wrap(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder)
+from tersely.errors import CheckpointError, DataError, OutputError, UsageError
+from tersely.evaluation import divergence, evaluator
+from tersely.evaluation.dossiers import dossier, merged, write_report
+from tersely.evaluation.evaluator import evaluate
+from tersely.evaluation.store import Store
+from tersely.evaluation.tasks import TaskScores
+from tersely.results import Evaluation
+from tersely.runtime import Loaded, load_model, load_tokenizer, write
+from tests.words import write_model
 
 
-def write_model(folder: Path, *, seed: int = 0, vocabulary: int = 32) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / "base")
 
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.5,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    write_tokenizer(folder, WORDS)
+
+@pytest.fixture(scope="module")
+def noisy(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base with noise in every weight."""
+    folder = tmp_path_factory.mktemp("noisy") / "noisy"
+    shutil.copytree(base, folder)
+    draw = torch.Generator().manual_seed(5)
+    tensors = {
+        name: tensor + 0.3 * tensor.std() * torch.randn(tensor.shape, generator=draw) if tensor.ndim > 1 else tensor
+        for name, tensor in load_file(base / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("other"), seed=1)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    drawn = torch.randint(0, len(WORDS), (12, 40), generator=torch.Generator().manual_seed(3)).tolist()
-    stories = [" ".join(WORDS[i] for i in row[: 5 + 3 * n]) for n, row in enumerate(drawn)]
-    file = tmp_path / "text.txt"
-    file.write_text("\n<|endoftext|>\n".join(stories))
+def text(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the base writes itself, so that it predicts it better than a model with noise."""
+    model = Loaded("base", load_model(base), load_tokenizer(base), "cpu")
+    written = [write(model, "the cat", max_new_tokens=30, temperature=1.0, seed=seed)[1] for seed in range(16)]
+    file = tmp_path_factory.mktemp("text") / "held-out.txt"
+    file.write_text("\n<|endoftext|>\n".join(f"the cat {document}" for document in written))
     return file
 
 
-def plain(folder: Path, text: str, context: int) -> tuple[float, list[torch.Tensor]]:
-    """Loss by transformers alone, one document at a time, and the log-probabilities."""
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    total, count, all_log_p = 0.0, 0, []
-    for document in documents(text):
-        ids = torch.tensor([tokenizer(document)["input_ids"][:context]])
-        with torch.inference_mode():
-            log_p = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-        total -= log_p.gather(1, ids[0, 1:, None]).double().sum().item()
-        count += ids.shape[1] - 1
-        all_log_p.append(log_p)
-    return total / count, all_log_p
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "runs.sqlite")
 
 
-def test_the_loss_equals_a_plain_computation(tiny: Path, text: Path) -> None:
-    expected, _ = plain(tiny, read_text(text), 24)
-    found = evaluate(tiny, text, context=24)
-    assert found.loss.value == pytest.approx(expected, abs=1e-6)
-    assert found.perplexity == perplexity(found.loss.value) == pytest.approx(math.exp(expected))
-    assert found.documents == 12
-    assert found.tokens == sum(min(5 + 3 * n, 23) for n in range(12))
-
-
-def test_divergence_equals_a_plain_computation(tiny: Path, other: Path, text: Path) -> None:
-    found = evaluate(tiny, text, against=other, context=24)
-    mine, log_p = plain(tiny, read_text(text), 24)
-    base, log_q = plain(other, read_text(text), 24)
-    p, q = torch.cat(log_p), torch.cat(log_q)
-    assert found.kl is not None
-    assert found.base_loss is not None
-    assert found.loss_difference is not None
-    assert found.top1_agreement is not None
-    assert found.kl.value == pytest.approx((q.exp() * (q - p)).sum(-1).mean().item(), rel=1e-5)
-    assert found.base_loss.value == pytest.approx(base, abs=1e-6)
-    assert found.loss_difference.value == pytest.approx(mine - base, abs=2e-6)
-    agreement = (p.argmax(-1) == q.argmax(-1)).float().mean().item()
-    assert found.top1_agreement.value == pytest.approx(agreement, abs=1e-6)
-
-
-def test_a_model_does_not_diverge_from_itself(tiny: Path, text: Path) -> None:
-    found = evaluate(tiny, text, against=tiny)
-    assert (found.kl, found.top1_agreement) == (Estimate(0.0, 0.0), Estimate(1.0, 0.0))
-    assert found.loss_difference == Estimate(0.0, 0.0)
-
-
-@pytest.mark.parametrize("tokens", [1, 30, 10_000])
-def test_batching_and_chunking_do_not_move_the_result(
-    tiny: Path, other: Path, text: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = evaluate(tiny, text, against=other)
-    monkeypatch.setattr(divergence, "_CHUNK_BYTES_CPU", 4 * 32 * 7)
-    found = evaluate(tiny, text, against=other, tokens_per_batch=tokens)
-    assert found.kl is not None
-    assert expected.kl is not None
-    assert found.loss.value == pytest.approx(expected.loss.value, rel=1e-6)
-    assert found.kl.value == pytest.approx(expected.kl.value, rel=1e-5)
-    assert found.loss.stderr == pytest.approx(expected.loss.stderr, rel=1e-5)
-
-
-def test_progress_counts_every_document(tiny: Path, text: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    evaluate(tiny, text, tokens_per_batch=64, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (12, 12)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-
-
-def test_an_evaluation_survives_json(tiny: Path, other: Path, text: Path) -> None:
-    for found in (evaluate(tiny, text), evaluate(tiny, text, against=other)):
-        assert Evaluation.from_json(found.to_json()) == found
-        assert replace(found, seconds=99.0) == found
-    one = evaluate(tiny, f"{text}[:1]")
-    assert one.loss.stderr == math.inf
-    assert json.loads(one.to_json())["loss"]["stderr"] is None
-    assert Evaluation.from_json(one.to_json()) == one
-    with pytest.raises(DataError, match="not an evaluation"):
-        Evaluation.from_json('{"model": "m"}')
-
-
-def test_other_vocabularies_and_tokenizers_cannot_be_compared(tiny: Path, text: Path, tmp_path: Path) -> None:
-    wide = write_model(tmp_path / "wide", vocabulary=40)
-    with pytest.raises(DataError, match="a vocabulary of 40 and"):
-        evaluate(wide, text, against=tiny)
-    reordered = write_model(tmp_path / "reordered")
-    write_tokenizer(reordered, WORDS[::-1])
-    with pytest.raises(DataError, match="tokenizers"):
-        evaluate(reordered, text, against=tiny)
-
-
-def test_a_context_beyond_the_positions_is_refused(tiny: Path, text: Path) -> None:
-    with pytest.raises(UsageError, match="64 positions"):
-        evaluate(tiny, text, context=65)
-
-
-def edited(tiny: Path, folder: Path, change: dict[str, torch.Tensor | None]) -> Path:
-    shutil.copytree(tiny, folder)
-    tensors: dict[str, Any] = {**load_file(tiny / "model.safetensors"), **change}
-    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def test_a_model_that_gives_nan_is_an_error(tiny: Path, text: Path, tmp_path: Path) -> None:
-    broken = edited(tiny, tmp_path / "nan", {"model.norm.weight": torch.full((32,), math.nan)})
-    with pytest.raises(CheckpointError, match="gives NaN"):
-        evaluate(broken, text)
-
-
-def test_missing_left_over_and_misshapen_weights_are_errors(tiny: Path, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(CheckpointError, match=f"missing: {name}"):
-        load_model(edited(tiny, tmp_path / "missing", {name: None}))
-    with pytest.raises(CheckpointError, match=r"unexpected: stray\.weight"):
-        load_model(edited(tiny, tmp_path / "stray", {"stray.weight": torch.zeros(2)}))
-    with pytest.raises(CheckpointError, match=rf"wrong shape: {name} \(2, 2\)"):
-        load_model(edited(tiny, tmp_path / "cut", {name: torch.zeros(2, 2)}))
-
-
-def test_compressed_tensors_of_mixed_widths_load_as_what_was_compressed(tiny: Path, tmp_path: Path) -> None:
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-        QuantizationStatus,
-        apply_quantization_config,
+def scores(model: Sequence[float], base: Sequence[float], name: str = "quiz", **changes: Any) -> TaskScores:
+    made = TaskScores(
+        name=name,
+        title="A quiz",
+        group="knowledge",
+        metric="acc",
+        higher_is_better=True,
+        chance=0.5,
+        kind="right",
+        available=100,
+        sha256="a" * 64,
+        parts=tuple("north" if n % 2 else "south" for n in range(len(model))),
+        scores=(tuple(model), tuple(base)),
+        labels=None,
+        choices=(((0.9, 0.1),) * len(model),) * 2,
+        answers=tuple(0 if n % 2 else 1 for n in range(len(model))),
+        harness=({"acc,none": 0.5, "acc_stderr,none": math.nan},) * 2,
     )
-
-    def group(bits: int, target: str) -> QuantizationScheme:
-        weights = QuantizationArgs(num_bits=bits, symmetric=True, strategy="group", group_size=16)
-        return QuantizationScheme(targets=[target], weights=weights, format="pack-quantized")
-
-    groups = {"narrow": group(4, "re:.*(q|k|v|o|gate|down)_proj"), "wide": group(8, "re:.*up_proj")}
-    frozen = QuantizationStatus.FROZEN
-    config = QuantizationConfig(config_groups=groups, ignore=["lm_head"], quantization_status=frozen)
-    ids_BL = torch.arange(20)[None]
-    with quiet(), torch.no_grad():
-        model: Any = load_model(tiny)
-        apply_quantization_config(model, config)
-        for module in model.modules():
-            if (scheme := getattr(module, "quantization_scheme", None)) is not None:
-                largest = module.weight.reshape(module.weight.shape[0], -1, 16).abs().amax(-1)
-                module.weight_scale.copy_(largest / (2 ** (scheme.weights.num_bits - 1) - 0.5))
-        expected = model(input_ids=ids_BL).logits
-        compressor = ModelCompressor.from_pretrained_model(model)
-        compressor.compress_model(model)
-        model.save_pretrained(tmp_path / "mixed")
-        compressor.update_config(tmp_path / "mixed")
-    found: Any = load_model(tmp_path / "mixed")
-    assert isinstance(found, torch.nn.Module)
-    with torch.inference_mode():
-        assert torch.equal(found(input_ids=ids_BL).logits, expected)
-        assert not torch.allclose(load_model(tiny)(input_ids=ids_BL).logits, expected, atol=1e-3)
+    return replace(made, **changes)
 
 
-def test_what_is_no_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
-        load_model(tmp_path / "none")
-    bare = tmp_path / "bare"
-    shutil.copytree(tiny, bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        load_tokenizer(bare)
-    (bare / "config.json").write_text('{"model_type": "llama", "architectures": ["Unheard"]}')
-    with pytest.raises(CheckpointError, match="Unheard"):
-        load_model(bare)
+@pytest.fixture
+def quiz(monkeypatch: pytest.MonkeyPatch) -> list[TaskScores]:
+    """Instead of real tasks, these scores."""
+    given: list[TaskScores] = []
+    monkeypatch.setattr(evaluator, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluator, "run_tasks", lambda *_, **__: (given, ["a note of the tasks"]))
+    return given
 
 
-def test_only_causal_models_are_evaluated_and_generate(text: Path, tmp_path: Path) -> None:
+def test_noise_is_found_to_be_worse_and_said_in_a_sentence(noisy: Path, base: Path, text: Path) -> None:
+    found = evaluate(noisy, text, against=base)
+    (loss,) = found.comparisons
+    assert found.text is not None
+    assert found.text.divergence is not None
+    assert loss.name == "loss on held-out.txt"
+    assert (loss.outcome, loss.difference) == ("worse", found.text.divergence.loss_difference)
+    assert loss.p_adjusted == loss.p < 0.05
+    assert "worse by" in found.verdict
+    assert found.base is not None
+    assert (found.model.dtype, found.model.parameters) == ("float32", found.base.parameters)
+    assert found.model.fingerprint != found.base.fingerprint
+
+
+def test_a_model_against_itself_loses_nothing_and_says_so(base: Path, text: Path) -> None:
+    found = evaluate(base, text, against=base, writing=1)
+    (loss,) = found.comparisons
+    assert loss.outcome == "no difference shown"
+    assert "on all 16 documents" in loss.sentence
+    assert found.samples[0].model == found.samples[0].base
+
+
+def test_an_evaluation_repeats_and_survives_json(noisy: Path, base: Path, text: Path) -> None:
+    found = evaluate(noisy, text, against=base)
+    assert evaluate(noisy, text, against=base) == found
+    assert Evaluation.from_json(found.to_json()) == found
+    one = evaluate(noisy, f"{text}[:1]", writing=0)
+    assert one.text is not None
+    assert one.text.loss.stderr == math.inf
+    assert json.loads(one.to_json())["text"]["loss"]["stderr"] is None
+    assert Evaluation.from_json(one.to_json()) == one
+    for wrong in ('{"model": "m"}', "[]", "{"):
+        with pytest.raises(DataError, match="not the JSON of a Evaluation"):
+            Evaluation.from_json(wrong)
+
+
+def test_samples_continue_documents_of_the_text(noisy: Path, base: Path, text: Path) -> None:
+    found = evaluate(noisy, text, against=base, writing=2).samples
+    contents = text.read_text().split("\n<|endoftext|>\n")
+    assert [content.startswith(each.prompt) for content, each in zip(contents, found, strict=False)] == [True, True]
+    assert all(0 <= each.repetition < 1 and each.base is not None for each in found)
+    assert evaluate(noisy, text, writing=0).samples == ()
+
+
+def test_repetition_is_the_share_of_four_tokens_that_stood_before() -> None:
+    assert evaluator._repetition([1, 2, 3]) == 0
+    assert evaluator._repetition([1, 2, 3, 4, 5, 6]) == 0
+    assert evaluator._repetition([7] * 13) == pytest.approx(0.9)
+
+
+def test_task_scores_become_results_and_comparisons(noisy: Path, base: Path, quiz: list[TaskScores]) -> None:
+    better, worse = [1.0] * 40, [1.0] * 20 + [0.0] * 20
+    quiz += [
+        scores(worse, better),
+        scores(better, better, "alike"),
+        scores([0.1 * n for n in range(40)], [0.1 * n + 0.5 for n in range(40)], "graded", kind="score"),
+        scores(worse, worse, "told", kind="auc", labels=(True,) * 20 + (False,) * 20, choices=None, answers=None),
+    ]
+    found = evaluate(noisy, against=base, tasks=["quiz"])
+    quizzed, _, graded, told = found.tasks
+    assert (quizzed.value.value, quizzed.base and quizzed.base.value) == (0.5, 1.0)
+    assert (quizzed.lost, quizzed.gained, quizzed.items, quizzed.available) == (20, 0, 40, 100)
+    assert [(part.name, part.items, part.value.value) for part in quizzed.parts] == [
+        ("south", 20, 0.5),
+        ("north", 20, 0.5),
+    ]
+    assert quizzed.calibration is not None
+    assert quizzed.calibration.error.value == pytest.approx(0.4)
+    assert quizzed.harness == {"acc,none": 0.5}
+    assert (graded.lost, told.value.value, told.calibration) == (None, 1.0, None)
+    outcomes = {each.name: each.outcome for each in found.comparisons}
+    assert outcomes["knowledge (quiz)"] == "worse"
+    assert outcomes["knowledge (alike)"] == outcomes["knowledge (told)"] == "no difference shown"
+    assert outcomes["knowledge (graded)"] == "worse"
+    assert all(each.p_adjusted >= each.p for each in found.comparisons)
+    assert "a note of the tasks" in found.notes
+    assert (found.text, found.samples) == (None, ())
+
+
+def test_without_a_base_nothing_is_compared(noisy: Path, text: Path, quiz: list[TaskScores]) -> None:
+    quiz.append(replace(scores([1.0, 0.0], []), scores=((1.0, 0.0),), choices=None, harness=({},)))
+    found = evaluate(noisy, text, tasks=["quiz"])
+    assert (found.base, found.comparisons, found.verdict) == (None, (), "")
+    assert (found.tasks[0].base, found.tasks[0].lost) == (None, None)
+    assert found.samples[0].base is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": None}, "nothing to evaluate on"),
+        ({"budget": 0.0}, "budget=0.0: expected more than 0"),
+        ({"samples": -1}, "samples=-1"),
+        ({"writing": -1}, "writing=-1"),
+        ({"tasks": ["blymp"]}, "blimp"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(
+    base: Path, text: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(evaluator, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(UsageError, match=message):
+        evaluate(base, **{"text": text, **arguments})
+
+
+def test_a_model_without_a_tokenizer_and_texts_without_tokens_are_refused(base: Path, tmp_path: Path) -> None:
+    bare, empty, short = tmp_path / "bare", tmp_path / "empty.txt", tmp_path / "short.txt"
+    shutil.copytree(base, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    empty.write_text(" \n<|endoftext|>\n ")
+    short.write_text("<|endoftext|>\n\n<|endoftext|>x")
+    with pytest.raises(CheckpointError, match="copy the tokenizer's files in"):
+        evaluate(bare, short)
+    with pytest.raises(DataError, match="holds no text"):
+        evaluate(base, empty)
+
+
+def test_only_causal_models_are_evaluated(text: Path, tmp_path: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    BertForMaskedLM(BertConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path / "bert")
-    assert not load_model(tmp_path / "bert").training
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(vocab_size=32, intermediate_size=32, **sizes)).save_pretrained(tmp_path / "bert")
     with pytest.raises(UsageError, match="this one is masked"):
         evaluate(tmp_path / "bert", text)
-    with pytest.raises(UsageError, match="this one is masked"):
-        generate(tmp_path / "bert", "the", max_new_tokens=1)
 
 
-def test_generation_repeats_with_its_seed_and_streams_what_it_returns(tiny: Path) -> None:
-    state = torch.get_rng_state()
-    pieces: list[str] = []
-    greedy = generate(tiny, "the cat", max_new_tokens=8, stream=pieces.append)
-    assert "".join(pieces) == greedy == generate(tiny, "the cat", max_new_tokens=8, seed=5)
-    drawn = [generate(tiny, "the cat", max_new_tokens=20, temperature=2.0, seed=s) for s in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert torch.equal(state, torch.get_rng_state())
+KILLED = """
+import sys, tersely
+from tersely.evaluation import divergence
+real, count = divergence._measure, 0
+def measure(*arguments):
+    global count
+    count += 1
+    open(sys.argv[5], "a").write("x")
+    if count == 4:
+        import time; time.sleep(60)
+    return real(*arguments)
+divergence._measure = measure
+with tersely.Store(sys.argv[4]) as store:
+    tersely.evaluate(sys.argv[1], sys.argv[2], against=sys.argv[3], tokens_per_batch=64, writing=0, store=store)
+"""
 
 
-def test_generation_beyond_the_positions_is_refused(tiny: Path) -> None:
-    with pytest.raises(UsageError, match="64 positions"):
-        generate(tiny, "the cat", max_new_tokens=64)
+def test_a_killed_evaluation_goes_on_where_it_was(
+    noisy: Path, base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluate(noisy, text, against=base, tokens_per_batch=64, writing=0)
+    file, seen = tmp_path / "runs.sqlite", tmp_path / "seen"
+    command = [sys.executable, "-c", KILLED, *map(str, (noisy, text, base, file, seen))]
+    process = subprocess.Popen(command)
+    while not (seen.exists() and len(seen.read_text()) == 4):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    real, runs = divergence._measure, 0
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal runs
+        runs += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(divergence, "_measure", counted)
+    with Store(file) as store:
+        assert store.runs() == ()
+        found = evaluate(noisy, text, against=base, tokens_per_batch=64, store=store, writing=0)
+        (run,) = store.runs()
+    again, runs = runs, 0
+    evaluate(noisy, text, against=base, tokens_per_batch=64, writing=0)
+    assert found == expected == run.result
+    assert again == runs - 3
 
 
-def test_loading_leaves_verbosity_bars_and_stderr_as_they_were(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity(), logging.set_tqdm_hook(None)
-    load_model(tiny)
-    assert (logging.get_verbosity(), logging.set_tqdm_hook(None)) == before
-    assert capsys.readouterr() == ("", "")
-
-
-def test_the_ratio_is_the_mean_over_tokens_and_one_cluster_shows_no_spread() -> None:
-    assert ratio([2.0, 4.0], [1, 2]) == Estimate(2.0, 0.0)
-    assert ratio([3.0], [2]) == Estimate(1.5, math.inf)
-    assert ratio([1.0, 2.0, 3.0], [1, 1, 1]).stderr == pytest.approx(1 / math.sqrt(3))
-    with pytest.raises(ValueError, match="sum positive"):
-        ratio([1.0], [0])
+def test_a_finished_evaluation_leaves_nothing_unfinished(noisy: Path, base: Path, text: Path, store: Store) -> None:
+    with store:
+        evaluate(noisy, text, against=base, store=store, writing=0)
+        first = store.runs()[0].result
+        evaluate(noisy, text, against=base, store=store, writing=0)
+        assert [run.result for run in store.runs()] == [first, first]
 
 
-def test_the_standard_error_is_the_spread_of_repeated_samples() -> None:
-    """4,000 samples of 200 documents, whose lengths vary and whose tokens share a document effect."""
-    draw = torch.Generator().manual_seed(0)
-    repeats, clusters = 4000, 200
-    sizes = torch.randint(20, 400, (repeats, clusters), generator=draw).double()
-    shared = torch.randn(repeats, clusters, generator=draw, dtype=torch.float64) * 0.3
-    noise = torch.randn(repeats, clusters, generator=draw, dtype=torch.float64)
-    totals = sizes * (1.5 + shared - 0.001 * sizes) + noise * sizes.sqrt()
-    found = [ratio(t.tolist(), n.tolist()) for t, n in zip(totals, sizes, strict=True)]
-    spread = torch.tensor([f.value for f in found]).double().std().item()
-    claimed = sum(f.stderr for f in found) / repeats
-    assert claimed == pytest.approx(spread, rel=0.04)
+def test_of_several_evaluations_the_newest_answer_to_each_question_counts(
+    noisy: Path, base: Path, text: Path, quiz: list[TaskScores], tmp_path: Path, store: Store
+) -> None:
+    other = write_model(tmp_path / "other", seed=9)
+    worse, better = [1.0] * 20 + [0.0] * 20, [1.0] * 40
+    with store:
+        quiz[:] = [scores(worse, better), scores(worse, better, "second")]
+        evaluate(noisy, against=base, tasks=["quiz"], store=store)
+        quiz[:] = [scores(better, better)]
+        evaluate(noisy, text, against=base, tasks=["quiz"], store=store, writing=0)
+        older = evaluate(noisy, f"{text}[:9]", against=other, store=store, writing=0)
+        newest = evaluate(noisy, f"{text}[:12]", against=base, store=store, writing=0)
+        known = dossier(noisy, store).evaluation
+    assert known is not None
+    assert known.text == newest.text
+    assert {task.name: task.value.value for task in known.tasks} == {"quiz": 1.0, "second": 0.5}
+    names = [each.name for each in known.comparisons]
+    assert sorted(names) == ["knowledge (quiz)", "knowledge (second)", "loss on held-out.txt[:12]"]
+    assert known.base == newest.base != older.base
+    second = next(each for each in known.comparisons if each.name == "knowledge (second)")
+    assert second.p_adjusted > second.p
+    assert merged([]) is None
 
 
-def test_stories_3m_has_its_published_loss(assets: Path) -> None:
-    model, text = assets / "models/stories-3m", f"{assets}/data/tinystories/sample.txt[-200:]"
-    found = evaluate(model, text, context=512)
-    assert found.loss.value == pytest.approx(1.2486, abs=1e-4)
-    assert found.loss.value == pytest.approx(plain(model, read_text(text), 512)[0], abs=1e-6)
-    assert (found.documents, found.tokens, found.kind) == (200, 65212, "documents")
+def test_the_report_is_written_whole_and_replaces_nothing_unasked(
+    noisy: Path, base: Path, text: Path, tmp_path: Path, store: Store
+) -> None:
+    page = tmp_path / "page.html"
+    with store:
+        found = evaluate(noisy, text, against=base, store=store, writing=0)
+        assert write_report([noisy, base], store, out=page) == (page, tmp_path / "page.json")
+        with pytest.raises(OutputError, match=r"page\.html exists"):
+            write_report([noisy], store, out=page)
+        write_report([noisy], store, out=page, overwrite=True)
+        with pytest.raises(OutputError, match="HTML"):
+            write_report([noisy], store, out=tmp_path / "page.txt")
+        with pytest.raises(CheckpointError, match="no such model"):
+            write_report([tmp_path / "none"], store, out=tmp_path / "none.html")
+    assert found.verdict in html.unescape(page.read_text("utf-8"))
+    assert json.loads((tmp_path / "page.json").read_text("utf-8"))
+    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix in (".html", ".json", ".tmp")) == [
+        "page.html",
+        "page.json",
+    ]
 
 
-def test_stories_3m_does_not_diverge_from_itself(assets: Path) -> None:
-    model = assets / "models/stories-3m"
-    found = evaluate(model, f"{assets}/data/tinystories/sample.txt[-40:]", against=model)
-    assert found.kl is not None
-    assert abs(found.kl.value) < 1e-6
-    assert found.top1_agreement == Estimate(1.0, 0.0)
-    assert found.loss_difference == Estimate(0.0, 0.0)
+def test_a_budget_is_divided_and_said(noisy: Path, base: Path, text: Path) -> None:
+    found = evaluate(noisy, text, against=base, budget=120.0)
+    assert found.budget == 120.0
+    assert found.text is not None
+    assert found.text.documents == 16
+    assert found.seconds < 120
 
 
-def test_a_house_model_is_evaluated_on_windows(assets: Path) -> None:
-    found = evaluate(assets / "models/house-llama", assets / "data/books/valid.txt", context=256, samples=50)
-    assert (found.kind, found.documents, found.tokens, found.dtype) == ("windows", 50, 50 * 255, "bfloat16")
-    assert found.loss.value == pytest.approx(4.341, abs=4 * found.loss.stderr)
+def test_real_tasks_and_a_real_text_come_together(assets: Path) -> None:
+    model = assets / "models" / "demo"
+    found = evaluate(
+        model,
+        f"{assets}/data/tinystories/sample.txt[-4:]",
+        against=model,
+        tasks=["blimp"],
+        data=assets / "data",
+        samples=4,
+        writing=0,
+    )
+    assert [each.outcome for each in found.comparisons] == ["no difference shown"] * 2
+    assert (found.tasks[0].lost, found.tasks[0].gained) == (0, 0)

@@ -133,6 +133,7 @@ def sequences(
     seed: int = 0,
     purpose: str = "this",
     settings: str = "",
+    at_most: bool = False,
 ) -> Sequences:
     """Tokenize a text into sequences of at most `context` tokens.
 
@@ -144,13 +145,19 @@ def sequences(
     first white space behind a character drawn by `seed` from its stretch.
 
     purpose: what the data are for ("calibration"), for messages; settings: what stands before the name of a
-    setting there ("--set calibration."). Raises UsageError: context < 2 or
+    setting there ("--set calibration."). at_most: fewer than `samples` will do. Raises UsageError: context < 2 or
     samples < 1; DataError: fewer sequences than samples, or none.
     """
     if context < 2:
         raise UsageError(f"context={context}: a sequence needs at least 2 tokens, one to predict from the other")
     if samples is not None and samples < 1:
         raise UsageError(f"samples={samples}: take at least 1, or leave it out to take all")
+    if at_most and samples is not None:
+        same: dict[str, Any] = {"context": context, "seed": seed, "purpose": purpose, "settings": settings}
+        try:
+            return sequences(text, tokenizer, samples=samples, **same)
+        except DataError:  # too few, or none: then all, or what is wrong with them
+            return sequences(text, tokenizer, **same)
     if DOCUMENT_SEPARATOR in text:
         return _from_documents(text, tokenizer, context, samples, purpose, settings)
     if samples is not None and len(text) > max(_LONG, 2 * samples * context * _CHARACTERS_A_TOKEN):

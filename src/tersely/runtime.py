@@ -5,6 +5,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Kind = Literal["causal", "masked", "seq2seq"]
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A causal language model that is ready to be measured. network and tokenizer are transformers' own."""
+
+    name: str
+    network: Any
+    tokenizer: Any
+    device: str
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
@@ -97,27 +108,40 @@ def generate(
     result. Ends at the model's end token or after `max_new_tokens`. Raises UsageError: not a causal language
     model, a bad number, or more tokens than the model has positions; CheckpointError as in `load_model`.
     """
-    import transformers
-
     if model_kind(path) != "causal":
         raise UsageError(f"{path}: only causal language models generate, this one is {model_kind(path)}")
-    if max_new_tokens < 1 or temperature < 0:
-        raise UsageError(
-            f"max_new_tokens={max_new_tokens}, temperature={temperature}: expected 1 or more and 0 or more"
-        )
-    new_config: Any = transformers.GenerationConfig  # untyped in transformers
+    _require_writable(max_new_tokens, temperature)
     tokenizer = load_tokenizer(path)
-    model: Any = load_model(path, device=device, dtype=dtype)
-    ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device=device, dtype=torch.int64)
+    loaded = Loaded(str(path), load_model(path, device=device, dtype=dtype), tokenizer, device)
+    return write(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream)[1]
+
+
+def write(
+    model: Loaded,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stream: Callable[[str], None] | None = None,
+) -> tuple[list[int], str]:
+    """`generate` with a model that is loaded: the new tokens' ids, and their text."""
+    import transformers
+
+    _require_writable(max_new_tokens, temperature)
+    new_config: Any = transformers.GenerationConfig  # untyped in transformers
+    network, tokenizer = model.network, model.tokenizer
+    ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device=model.device, dtype=torch.int64)
     if ids_BL.shape[1] == 0:
         raise UsageError("the prompt has no tokens; give at least one word")
-    positions = max_positions(model.config)
+    positions = max_positions(network.config)
     if positions is not None and ids_BL.shape[1] + max_new_tokens > positions:
         raise UsageError(
             f"a prompt of {ids_BL.shape[1]} tokens and {max_new_tokens} new ones exceed the "
             f"model's {positions} positions; shorten the prompt or lower max_new_tokens"
         )
-    ends = model.generation_config.eos_token_id
+    own = network.generation_config
+    ends = own.eos_token_id
     settings: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -127,12 +151,22 @@ def generate(
         pad_token_id=ends[0] if isinstance(ends, list) else ends,
         **settings,
     )
-    model.generation_config = new_config()
     text = _Text(tokenizer, stream)
-    with quiet(), torch.inference_mode(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model.generate(ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=config, streamer=text)
-    return text.whole
+    network.generation_config = new_config()
+    try:
+        with quiet(), torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network.generate(ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=config, streamer=text)
+    finally:
+        network.generation_config = own
+    return text.ids, text.whole
+
+
+def _require_writable(max_new_tokens: int, temperature: float) -> None:
+    if max_new_tokens < 1 or temperature < 0:
+        raise UsageError(
+            f"max_new_tokens={max_new_tokens}, temperature={temperature}: expected 1 or more and 0 or more"
+        )
 
 
 class _Text:
@@ -141,21 +175,22 @@ class _Text:
     def __init__(self, tokenizer: Any, stream: Callable[[str], None] | None) -> None:
         self.whole = ""
         self._tokenizer, self._stream = tokenizer, stream
-        self._ids: list[int] | None = None
+        self.ids: list[int] = []
+        self._prompted = False
 
     def put(self, ids: Tensor) -> None:
         """Take the next tokens; the first call brings the prompt, which is not part of the text."""
-        if self._ids is None:
-            self._ids = []
+        if not self._prompted:
+            self._prompted = True
             return
-        self._ids += ids.flatten().tolist()
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        self.ids += ids.flatten().tolist()
+        text = self._tokenizer.decode(self.ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # a character whose last bytes have not come yet
             self._pass_on(text)
 
     def end(self) -> None:
         """Pass on what is left."""
-        self._pass_on(self._tokenizer.decode(self._ids or [], skip_special_tokens=True))
+        self._pass_on(self._tokenizer.decode(self.ids, skip_special_tokens=True))
 
     def _pass_on(self, text: str) -> None:
         piece, self.whole = text[len(self.whole) :], text

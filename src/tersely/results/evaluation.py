@@ -222,6 +222,8 @@ class Evaluation:
     seed: int
     text: TextResult | None
     tasks: tuple[TaskResult, ...]
+    verdict: str
+    """What it comes to, in a sentence or two; "" without a base."""
     comparisons: tuple[Comparison, ...]
     """Largest loss first."""
     samples: tuple[Sample, ...]

@@ -67,5 +67,11 @@ class Report:
         plain["rows"] = [{**row, "bits": round(r.bits, 4)} for row, r in zip(plain["rows"], self.rows, strict=True)]
         return plain
 
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any], *, out: str) -> Report:
+        """The inverse of `to_dict`. Raises KeyError, TypeError, AttributeError: not what it wrote."""
+        rows = tuple(Row(**{k: v for k, v in row.items() if k != "bits"}) for row in plain["rows"])
+        return cls(**{**plain, "out": out, "rows": rows, "notes": tuple(plain["notes"])})
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
