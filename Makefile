@@ -3,29 +3,34 @@ PYTHON ?= python3
 ASSETS ?= ../shared
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+TOOLS  := .venv/.installed-tools
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench clean
 
 help:
-	@echo "make setup   install tersely and its tools into .venv"
+	@echo "make setup   install tersely into .venv, with the tools to develop it"
 	@echo "make demo    compress the model in the package into demo-out, and show what it cost"
 	@echo "make test    run the tests (ASSETS=PATH: trained models and texts, if you have them)"
 	@echo "make check   lint, formatting, types"
 	@echo "make bench   run the benchmarks that need nothing but tersely and the assets"
 	@echo "make clean   remove what these made, the environment included"
 
-setup: $(STAMP)
+setup: $(TOOLS)
 
 # PyTorch first: a build for this machine that is at hand (CPU, CUDA) is then kept.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(TOOLS): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup
-	rm -rf demo-out demo-out.partial
+demo: $(STAMP)
+	rm -rf demo-out demo-out.partial demo-out-report.html demo-out-report.json
 	$(BIN)/tersely demo --out demo-out
 
 test: setup
@@ -43,5 +48,5 @@ bench: setup
 	done
 
 clean:
-	rm -rf .venv demo-out demo-out.partial build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv demo-out demo-out.partial demo-out-report.html demo-out-report.json build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

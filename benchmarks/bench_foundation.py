@@ -109,12 +109,15 @@ def quality(assets: Path, python: str | None, work: Path) -> list[dict[str, Any]
             f"{text}[-200:]",
             "--context",
             "512",
+            "--no-store",
             "--json",
         ]
         facts = run(command)["result"]
         plain = run([sys.executable, "-c", PLAIN_LOSS, str(folder), str(text)])["result"]
-        row = {"name": name, "bytes": weight_bytes(folder), "loss": facts["loss"], "plain_loss": plain}
-        rows.append(row | {k: facts[k] for k in ("kl", "top1_agreement", "loss_difference")})
+        found = facts["text"]
+        row = {"name": name, "bytes": weight_bytes(folder), "loss": found["loss"], "plain_loss": plain}
+        apart = found["divergence"] or {}
+        rows.append(row | {k: apart.get(k) for k in ("kl", "top1_agreement", "loss_difference")})
         print(json.dumps(row), flush=True)
     return rows
 

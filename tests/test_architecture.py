@@ -35,8 +35,37 @@ LAYERS = (
 """From low to high: a module imports only from lower lines, and from its own package."""
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 ENTRIES = {"__init__", "__main__"}
-PUBLIC = ["Checkpoint", "Evaluation", "Graph", "Recipe", "Report", "compress", "evaluate", "open"]
-VERBS = ["inspect", "compress", "evaluate", "generate", "verify", "families", "methods", "recipes", "demo"]
+PUBLIC = [
+    "Blame",
+    "Checkpoint",
+    "Evaluation",
+    "Graph",
+    "Recipe",
+    "Report",
+    "Speed",
+    "Store",
+    "blame",
+    "compress",
+    "evaluate",
+    "open",
+    "speed",
+]
+VERBS = [
+    "inspect",
+    "compress",
+    "evaluate",
+    "blame",
+    "speed",
+    "report",
+    "runs",
+    "tasks",
+    "generate",
+    "verify",
+    "families",
+    "methods",
+    "recipes",
+    "demo",
+]
 
 
 def part(path: Path) -> str:

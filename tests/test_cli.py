@@ -28,7 +28,10 @@ from tersely.plan.recipe import presets
 from tests.tiny import tiny
 from tests.tokens import write_text, write_tokenizer
 
-VERBS = ("inspect", "compress", "evaluate", "generate", "verify", "families", "methods", "recipes", "demo")
+VERBS = (
+    *("inspect", "compress", "evaluate", "blame", "speed", "report", "runs", "tasks"),
+    *("generate", "verify", "families", "methods", "recipes", "demo"),
+)
 GROUP = ("--set", "group=16")
 TEXT = ("--set", "calibration.samples=8", "--set", "calibration.context=32")
 
@@ -134,17 +137,98 @@ def test_resuming_a_finished_job_gives_its_report_again(
     assert contents(small) == before
 
 
+@pytest.fixture(scope="module")
+def store(llama: Path, small: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with an evaluation, a blame and a speed of the finished output."""
+    file = str(tmp_path_factory.mktemp("store") / "runs.sqlite")
+    pair = [str(small), "--against", str(llama), "--text", str(text), "--store", file]
+    assert main(["evaluate", *pair, "--writing", "1"]) == 0
+    assert main(["blame", *pair, "--samples", "4"]) == 0
+    grid = ["--batch", "1", "--length", "8", "--tokens", "2", "--repeats", "1"]
+    assert main(["speed", str(small), str(llama), *grid, "--store", file]) == 0
+    return file
+
+
 def test_evaluate_compares_with_a_base(
     llama: Path, small: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", str(small), "--against", str(llama), "--text", str(text), "--json"]) == 0
+    pair = ["evaluate", str(small), "--against", str(llama), "--no-store", "--text"]
+    assert main([*pair, str(text), "--json", "--writing", "0"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["kl"]["value"] > 0
-    assert found["documents"] == 16
-    assert main(["evaluate", str(small), "--against", str(llama), "--text", f"{text}[:3]"]) == 0
+    assert found["text"]["divergence"]["kl"]["value"] > 0
+    assert found["text"]["documents"] == 16
+    assert main([*pair, f"{text}[:3]"]) == 0
     captured = capsys.readouterr()
-    for word in ("loss", "perplexity", "bits per byte", "KL divergence", "same top token"):
+    for word in ("Verdict", "loss", "perplexity", "bits per byte", "KL divergence", "same top token", "by place"):
         assert word in captured.out
+
+
+def test_what_was_measured_is_listed_shown_compared_and_exported(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    runs = ["runs", "--store", store]
+    assert main([*runs, "--json"]) == 0
+    assert [run["kind"] for run in json.loads(capsys.readouterr().out)] == ["speed", "speed", "blame", "evaluation"]
+    assert main(runs) == 0
+    assert "evaluation" in capsys.readouterr().out
+    for show in ([*runs, "show", "1"], ["runs", "show", "1", "--store", store]):
+        assert main(show) == 0
+        assert "KL" in capsys.readouterr().out
+    assert main([*runs, "compare", "3", "4"]) == 0
+    assert capsys.readouterr().out
+    for suffix in ("json", "csv"):
+        file = tmp_path / f"all.{suffix}"
+        assert main([*runs, "export", str(file)]) == 0
+        assert file.stat().st_size > 1000
+        assert main([*runs, "export", str(file)]) == 5
+        assert main([*runs, "export", str(file), "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main([*runs, "show", "99"]) == 2
+    assert "99" in complaint(capsys.readouterr())
+
+
+def test_the_report_shows_all_that_was_measured(
+    small: Path, llama: Path, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    job = ["report", str(small), str(llama), "--store", store, "--out", str(page)]
+    assert main(job) == 0
+    assert str(page) in capsys.readouterr().out
+    html = page.read_text("utf-8")
+    for word in ("What was kept", "KL divergence", "What each block costs", "tokens a second"):
+        assert word.lower() in html.lower(), word
+    assert main(job) == 5
+    assert "--overwrite" in complaint(capsys.readouterr())
+    assert main([*job, "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["page"] == str(page)
+
+
+def test_tasks_are_listed_with_the_place_of_their_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["tasks", "--data", str(tmp_path)]) == 0
+    assert "blimp" in (listed := capsys.readouterr().out)
+    assert ".jsonl" in listed or "blimp/" in listed
+    assert main(["tasks", "--json"]) == 0
+    assert {"blimp", "mmlu", "gsm8k"} <= {task["name"] for task in json.loads(capsys.readouterr().out)}
+
+
+def test_a_budget_that_is_no_time_ends_with_code_2(llama: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("soon", "0s", "10 parsecs", "-5min"):
+        assert main(["evaluate", str(llama), "--text", str(text), f"--budget={wrong}", "--no-store"]) == 2
+        assert "write it as 90s, 10min or 1h30min" in complaint(capsys.readouterr())
+
+
+def test_an_unknown_task_names_the_nearest(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(llama), "--tasks", "blimb", "--no-store"]) == 2
+    assert "blimp" in complaint(capsys.readouterr())
+
+
+def test_missing_data_of_a_task_say_where_they_belong(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(llama), "--tasks", "blimp", "--data", str(tmp_path), "--no-store"]) == 4
+    assert "blimp" in (said := complaint(capsys.readouterr()))
+    assert str(tmp_path) in said
 
 
 def test_generate_prints_the_continuation(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,7 +418,13 @@ def test_arguments_and_recipes_end_with_code_2(
 def test_a_missing_device_ends_with_code_2_in_every_verb_that_has_one(
     llama: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for job in (["evaluate", str(llama), "--text", str(text)], ["generate", str(llama), "the cat"]):
+    pair = ["--against", str(llama), "--text", str(text), "--no-store"]
+    for job in (
+        ["evaluate", str(llama), *pair],
+        ["blame", str(llama), *pair],
+        ["speed", str(llama), "--no-store"],
+        ["generate", str(llama), "the cat"],
+    ):
         assert main([*job, "--device", "cuda:99"]) == 2
         assert "cuda" in complaint(capsys.readouterr())
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from html import unescape
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -33,13 +34,28 @@ def test_the_matrices_come_out_four_times_smaller(demo: Demo) -> None:
 
 
 def test_the_loss_of_the_demo_is_small_and_measured(demo: Demo) -> None:
-    found = demo.evaluation
-    assert found.loss_difference is not None
-    assert found.kl is not None
-    assert 0.01 < found.loss_difference.value < 0.06
-    assert 0 < found.loss_difference.stderr < 0.01
-    assert 0.02 < found.kl.value < 0.07
-    assert found.documents == 19
+    text = demo.evaluation.text
+    assert text is not None
+    assert text.divergence is not None
+    assert 0.01 < text.divergence.loss_difference.value < 0.06
+    assert 0 < text.divergence.loss_difference.stderr < 0.01
+    assert 0.02 < text.divergence.kl.value < 0.07
+    assert text.documents == 19
+    assert "worse" in demo.evaluation.verdict
+
+
+def test_the_demo_finds_where_it_lost(demo: Demo) -> None:
+    blocks = [site for site in demo.blame.sites if site.level == "block"]
+    assert len(blocks) == 4
+    assert all(site.cost.value > 2 * site.cost.stderr for site in blocks)
+    assert [depth.error for depth in demo.blame.depth] == sorted(depth.error for depth in demo.blame.depth)
+
+
+def test_the_demo_writes_its_page_beside_the_folder(demo: Demo) -> None:
+    page = Path(demo.page)
+    assert page.parent == Path(demo.report.out).parent
+    assert demo.evaluation.verdict in unescape(page.read_text("utf-8"))
+    assert json.loads(page.with_suffix(".json").read_text("utf-8"))
 
 
 def test_the_demo_verifies_its_folder_and_the_source(demo: Demo) -> None:
@@ -48,9 +64,9 @@ def test_the_demo_verifies_its_folder_and_the_source(demo: Demo) -> None:
     assert demo.verification.encoded == len(demo.report.rows) == 29
 
 
-def test_both_models_continue_the_prompt(demo: Demo) -> None:
-    assert demo.before
-    assert demo.after
+def test_both_models_continue_a_text(demo: Demo) -> None:
+    assert demo.sample.model
+    assert demo.sample.base
 
 
 def test_the_demo_overwrites_nothing(tmp_path: Path) -> None:
@@ -58,6 +74,10 @@ def test_the_demo_overwrites_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists"):
         run_demo(tmp_path / "mine")
     assert not list((tmp_path / "mine").iterdir())
+    (tmp_path / "new-report.html").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        run_demo(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_verb_prints_every_step_or_json(

@@ -27,6 +27,7 @@ FILES = (
     "generation_config.json",
     "model.safetensors",
     "recipe.toml",
+    "report.html",
     "report.json",
     "tokenizer.json",
     "tokenizer_config.json",

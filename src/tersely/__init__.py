@@ -2,7 +2,8 @@
 
     import tersely
     tersely.compress("path/to/model", "w4a16-gptq", "out", calibration="text.txt")
-    print(tersely.evaluation("out", "held-out.txt", against="path/to/model"))
+    for found in tersely.evaluate("out", "held-out.txt", against="path/to/model").comparisons:
+        print(found.sentence)
 
 Names are imported when they are first used, so that `tersely --help` does not wait for PyTorch.
 """
@@ -16,32 +17,47 @@ if TYPE_CHECKING:
     from tersely.checkpoint import Checkpoint as Checkpoint
     from tersely.checkpoint import open_checkpoint as open
     from tersely.compression import compress as compress
-    from tersely.evaluation import Evaluation as Evaluation
-    from tersely.evaluation import evaluate as evaluate
+    from tersely.evaluation.blame import blame as blame
+    from tersely.evaluation.evaluator import evaluate as evaluate
+    from tersely.evaluation.speed import speed as speed
+    from tersely.evaluation.store import Store as Store
     from tersely.graph import Graph as Graph
     from tersely.plan.recipe import Recipe as Recipe
+    from tersely.results import Blame as Blame
+    from tersely.results import Evaluation as Evaluation
     from tersely.results import Report as Report
+    from tersely.results import Speed as Speed
 
 _HOMES = {
+    "Blame": "tersely.results",
     "Checkpoint": "tersely.checkpoint",
-    "Evaluation": "tersely.evaluation",
+    "Evaluation": "tersely.results",
     "Graph": "tersely.graph",
     "Recipe": "tersely.plan.recipe",
     "Report": "tersely.results",
+    "Speed": "tersely.results",
+    "Store": "tersely.evaluation.store",
+    "blame": "tersely.evaluation.blame",
     "compress": "tersely.compression",
-    "evaluate": "tersely.evaluation",
+    "evaluate": "tersely.evaluation.evaluator",
     "open": "tersely.checkpoint",
+    "speed": "tersely.evaluation.speed",
 }
 
 __all__ = [
+    "Blame",
     "Checkpoint",
     "Evaluation",
     "Graph",
     "Recipe",
     "Report",
+    "Speed",
+    "Store",
+    "blame",
     "compress",
     "evaluate",
     "open",
+    "speed",
 ]
 
 

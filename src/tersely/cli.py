@@ -18,8 +18,9 @@ from tersely.errors import TerselyError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tersely.evaluation import Estimate
+    from tersely.evaluation.store import Store
 
+_SHOWN_RUNS = 20
 _EPILOG = """\
 a first job, in three commands:
   tersely inspect  path/to/model
@@ -40,9 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tersely: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        resume = (
-            "; what is finished is kept: start the same command with --resume" if options.name == "compress" else ""
-        )
+        again = {
+            "compress": "; what is finished is kept: start the same command with --resume",
+            "evaluate": "; what is measured is kept: the same command continues",
+            "blame": "; what is measured is kept: the same command continues",
+        }
+        resume = again.get(options.name, "") if not getattr(options, "no_store", False) else ""
         print(f"tersely: stopped{resume}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -101,45 +105,127 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from tersely.evaluation import evaluate
+    from tersely.evaluation.evaluator import evaluate
 
-    with _progress() as progress:
+    with _store(options) as store, _progress() as progress:
         result = evaluate(
             options.model,
             options.text,
             against=options.against,
+            tasks=options.tasks,
+            data=options.data,
             context=options.context,
             samples=options.samples,
+            writing=options.writing,
+            budget=_time(options.budget),
             device=options.device,
             seed=options.seed or 0,
-            progress=lambda done, total: progress("evaluating", done / max(total, 1)),
+            store=store,
+            progress=progress,
         )
+        kept = () if store is None else store.runs(kind="evaluation", fingerprint=result.model.fingerprint, limit=1)
 
-    def lines() -> Any:
-        from tersely.report.terminal import table
+    def page() -> Any:
+        from tersely.report.evaluation_tables import evaluation_page
 
-        rows = [
-            ("loss", _estimate(result.loss), "nats a token"),
-            ("perplexity", f"{result.perplexity:.3f}", ""),
-            ("bits per byte", _estimate(result.bits_per_byte), ""),
-        ]
-        if result.base is not None:
-            rows += [
-                ("loss of the base", _estimate(result.base_loss), ""),
-                ("difference", _estimate(result.loss_difference), "paired; above 0: worse than the base"),
-                ("KL divergence", _estimate(result.kl), "nats a token, base || model"),
-                ("same top token", _estimate(result.top1_agreement, 100, " %"), ""),
-            ]
-        rows.append(
-            (
-                "on",
-                f"{result.tokens} tokens",
-                f"{result.documents} {result.kind} of at most {result.context}, {result.dtype}",
-            )
+        return evaluation_page(result)
+
+    _show(options, json.loads(result.to_json()), page)
+    for run in kept:
+        print(f"\nkept as run {run.id}; next: tersely report {options.model}", file=sys.stderr)
+
+
+def _blame(options: argparse.Namespace) -> None:
+    from tersely.evaluation.blame import blame
+    from tersely.report.blame_tables import blame_table
+
+    with _store(options) as store, _progress() as progress:
+        result = blame(
+            options.model,
+            options.text,
+            against=options.against,
+            direction=options.direction,
+            context=options.context,
+            samples=options.samples,
+            budget=_time(options.budget),
+            weights=options.weights,
+            device=options.device,
+            seed=options.seed or 0,
+            store=store,
+            progress=progress,
         )
-        return table(("", "value +- standard error", ""), rows, left=3)
+    _show(options, json.loads(result.to_json()), lambda: blame_table(result))
 
-    _show(options, json.loads(result.to_json()), lines)
+
+def _speed(options: argparse.Namespace) -> None:
+    from tersely.evaluation.speed import speeds
+    from tersely.report.speed_tables import speed_table
+
+    with _store(options) as store, _progress() as progress:
+        results = speeds(
+            [options.model, *options.others],
+            engine=options.engine,
+            batches=options.batch,
+            lengths=options.length,
+            tokens=options.tokens,
+            repeats=options.repeats,
+            threads=options.threads,
+            device=options.device,
+            budget=_time(options.budget),
+            progress=progress,
+        )
+        if store is not None:
+            for result in results:
+                store.add(result)
+    _show(options, [json.loads(result.to_json()) for result in results], lambda: speed_table(results))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from tersely.evaluation.dossiers import write_report
+
+    with _store(options) as store:
+        page, facts = write_report(
+            [options.model, *options.others], store, out=options.out, overwrite=options.overwrite
+        )
+    _show(options, {"page": str(page), "json": str(facts)}, lambda: f"wrote {page} and {facts}")
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from tersely.evaluation.comparing import compare_runs
+    from tersely.evaluation.store import export
+    from tersely.report.runs_tables import comparison_table, run_lines, runs_table
+    from tersely.results.plain import to_plain
+
+    with _store(options) as store:
+        assert store is not None
+        if options.action == "show":
+            run = store.get(options.id)
+            _show(options, to_plain(run), lambda: run_lines(run))
+        elif options.action == "compare":
+            compared = compare_runs(store.get(options.first), store.get(options.second))
+            _show(options, to_plain(compared), lambda: comparison_table(compared))
+        elif options.action == "export":
+            file = export(store.runs(), options.file, overwrite=options.overwrite)
+            _show(options, {"file": str(file)}, lambda: f"wrote {file}")
+        elif options.action == "delete":
+            store.delete(options.id)
+            _show(options, {"deleted": options.id}, lambda: f"deleted run {options.id}")
+        else:
+            runs = store.runs(limit=getattr(options, "limit", _SHOWN_RUNS))
+            _show(options, to_plain(runs), lambda: runs_table(runs))
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from tersely.evaluation.tasks import task_names
+    from tersely.report.terminal import table
+
+    found = task_names(None if options.data is None else Path(options.data))
+    rows = [
+        (t.name, t.group, t.title, t.metric, "" if t.items is None else str(t.items), "" if t.found else t.where)
+        for t in found
+    ]
+    headers = ("task", "asks for", "what it is", "metric", "items", "data expected under --data")
+    _show(options, [dataclasses.asdict(task) for task in found], lambda: table(headers, rows, left=4))
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -286,27 +372,116 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(
         "evaluate",
         _evaluate,
-        "Measure loss, perplexity and bits per byte on a text, with standard errors. Against a base, also the "
-        "paired difference, the KL divergence and how often both find the same token most likely.",
+        "Measure a model on a text, on tasks, or both. Against a base, everything is paired: it says what was lost, "
+        "how sure that is, and what this much data could not have shown. What is measured is kept as it comes: an "
+        "evaluation that is stopped or killed continues when the same command is given again.",
         model=model,
     )
     made.add_argument("--against", metavar="BASE", help="the model to compare with, usually the uncompressed one")
+    _text(made, required=False, most=2048)
     made.add_argument(
-        "--text",
-        required=True,
-        metavar="FILE",
-        help="documents separated by <|endoftext|> lines (FILE[-200:] takes the "
-        "last 200), or one long text, cut into windows",
+        "--tasks",
+        type=_names,
+        default=[],
+        metavar="A,B",
+        help="tasks, see `tersely tasks`; any task of lm-evaluation-harness, or a YAML file of your own",
     )
+    made.add_argument("--data", metavar="DIR", help="the folder with the tasks' data")
+    _budget(made, "everything; sample sizes are chosen to fit")
     made.add_argument(
-        "--context",
+        "--samples",
         type=int,
         metavar="N",
-        help="tokens of a window, and at most of a document (default: what the model takes, at most 2048)",
+        help="at most so many documents or windows, and items of each task (default: all)",
     )
-    made.add_argument("--samples", type=int, metavar="N", help="documents or windows to use (default: all)")
+    made.add_argument(
+        "--writing", type=int, default=3, metavar="N", help="texts that the models continue, to look at (default: 3)"
+    )
+    _device(made)
+    made.add_argument("--seed", type=int, metavar="N", help="of everything drawn by chance")
+    _kept(made)
+    made = verb(
+        "blame",
+        _blame,
+        "Find where quality was lost. One block or weight at a time gets its original values back, and the change of "
+        "the KL divergence is measured: blocks first, then the weights of the dearest ones, as far as the time goes.",
+        model="the compressed model",
+    )
+    made.add_argument("--against", required=True, metavar="BASE", help="the model that it was made from")
+    _text(made, required=True, most=512)
+    made.add_argument(
+        "--direction",
+        choices=("restore", "spoil"),
+        default="restore",
+        help="restore: one site of the compressed model is set back (default); spoil: one site of the original is "
+        "compressed",
+    )
+    _budget(made, "everything; sample sizes and sites are chosen to fit")
+    made.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="documents or windows to use (default: 64; with a budget what fits, at most 256)",
+    )
+    made.add_argument("--weights", type=int, metavar="N", help="at most so many single weights, after the blocks")
     _device(made)
     made.add_argument("--seed", type=int, metavar="N", help="of the choice of windows")
+    _kept(made)
+    made = verb(
+        "speed",
+        _speed,
+        "Measure time to the first token, tokens a second for prompts and for writing, and peak memory, over a grid "
+        "of batch sizes and lengths. Several models take turns, so that their ratios are of paired runs.",
+        model="a checkpoint folder, or a GGUF file",
+    )
+    made.add_argument("others", nargs="*", metavar="OTHERS", help="more models, compared with the first")
+    made.add_argument("--engine", metavar="E", help="transformers, llama.cpp or vllm (default: by the model)")
+    made.add_argument("--batch", type=_numbers, default=[1, 4], metavar="N,N", help="sequences at once (default: 1,4)")
+    made.add_argument(
+        "--length", type=_numbers, default=[128, 512], metavar="N,N", help="tokens of a prompt (default: 128,512)"
+    )
+    made.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to write (default: 32)")
+    made.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="of each cell; the median counts (default: 5)"
+    )
+    made.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what the engine takes)")
+    _budget(made, "all models; cells that do not fit are left out and named")
+    _device(made)
+    _kept(made)
+    made = verb(
+        "report",
+        _report,
+        "Write a page about a compressed model: what was done, what was kept and lost, where, how fast it is. One "
+        "HTML file that needs no network, and the same facts as JSON. It shows what evaluate, blame and speed have "
+        "measured; with several models it compares them.",
+        model="the compressed model",
+    )
+    made.add_argument("others", nargs="*", metavar="OTHERS", help="more models, compared with the first")
+    made.add_argument("--out", metavar="FILE", help="the page to write (default: MODEL-report.html)")
+    made.add_argument("--overwrite", action="store_true", help="replace a page that is there")
+    _kept(made, none=False)
+    made = verb("runs", _runs, "List, show, compare and export what was measured.")
+    _kept(made, none=False)
+    actions = made.add_subparsers(dest="action", metavar="ACTION", title="actions (without one: list)")
+    listed = actions.add_parser("list", help="list them, newest first")
+    listed.add_argument(
+        "--limit", type=int, default=_SHOWN_RUNS, metavar="N", help=f"at most so many (default: {_SHOWN_RUNS})"
+    )
+    shown = actions.add_parser("show", help="show one")
+    shown.add_argument("id", type=int, metavar="RUN")
+    compared = actions.add_parser("compare", help="two runs side by side, where they measured the same")
+    compared.add_argument("first", type=int, metavar="RUN")
+    compared.add_argument("second", type=int, metavar="RUN")
+    exported = actions.add_parser("export", help="write all of them to a .json or .csv file")
+    exported.add_argument("file", metavar="FILE")
+    exported.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    deleted = actions.add_parser("delete", help="delete one")
+    deleted.add_argument("id", type=int, metavar="RUN")
+    for action in (listed, shown, compared, exported, deleted):
+        action.add_argument("--store", default=argparse.SUPPRESS, metavar="FILE", help="where runs are kept")
+        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON")
+    made = verb("tasks", _tasks, "List the tasks that come with tersely, and where their data belong.")
+    made.add_argument("--data", metavar="DIR", help="the folder with the tasks' data: says what is there")
     made = verb("generate", _generate, "Continue a prompt.", model=model, prompt="the text to continue")
     made.add_argument("--tokens", type=int, default=128, metavar="N", help="at most so many new tokens (default: 128)")
     made.add_argument(
@@ -337,6 +512,32 @@ def _parser() -> argparse.ArgumentParser:
 
 def _device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda or cuda:N")
+
+
+def _text(parser: argparse.ArgumentParser, *, required: bool, most: int) -> None:
+    parser.add_argument(
+        "--text",
+        required=required,
+        metavar="FILE",
+        help="documents separated by <|endoftext|> lines (FILE[-200:] takes the "
+        "last 200), or one long text, cut into windows",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help=f"tokens of a window, and at most of a document (default: what the model takes, at most {most})",
+    )
+
+
+def _budget(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--budget", metavar="TIME", help=f"time for {what}: 90s, 10min, 1h30min")
+
+
+def _kept(parser: argparse.ArgumentParser, *, none: bool = True) -> None:
+    parser.add_argument("--store", metavar="FILE", help="where runs are kept (default: one file for all of yours)")
+    if none:
+        parser.add_argument("--no-store", action="store_true", help="keep nothing")
 
 
 def _show(options: argparse.Namespace, plain: Any, shown: Callable[[], Any]) -> None:
@@ -385,9 +586,32 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
         yield say
 
 
-def _estimate(estimate: Estimate | None, factor: float = 1, unit: str = "") -> str:
-    assert estimate is not None
-    return f"{factor * estimate.value:.4f} +- {factor * estimate.stderr:.4f}{unit}"
+@contextmanager
+def _store(options: argparse.Namespace) -> Iterator[Store | None]:
+    """The store of runs; None where the user wants none."""
+    from tersely.evaluation.store import Store
+
+    if getattr(options, "no_store", False):
+        yield None
+        return
+    with Store(options.store) as store:
+        yield store
+
+
+def _time(text: str | None) -> float | None:
+    from tersely.plan.cost import parse_duration
+
+    return None if text is None else parse_duration(text)
+
+
+def _names(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name for piece in text.split(",") if (name := piece.strip())]
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    return [int(name) for name in _names(text)]
 
 
 if __name__ == "__main__":

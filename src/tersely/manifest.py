@@ -5,6 +5,7 @@ They hold no times, no dates and no paths, so that equal jobs give equal bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from tersely import __version__
 from tersely.errors import OutputError
 from tersely.export import compressed_tensors
 from tersely.job import Job
+from tersely.report.page import Dossier, render
 from tersely.results import Report, Row
 from tersely.writer import FileContent, clear_work, differences
 
@@ -29,7 +31,7 @@ def files(
         config["quantization_config"] = compressed_tensors.quantization_config(job.graph, job.methods)
     if job.graph.tied and any(job.graph.weight(n).role == "head" for n in job.methods):
         config["tie_word_embeddings"] = False
-    manifest = {
+    manifest: dict[str, Any] = {
         "tersely": __version__,
         "versions": {p: version(p) for p in ("torch", "transformers", "compressed-tensors")}
         | {"python": platform.python_version()},
@@ -44,7 +46,7 @@ def files(
     carried = {
         name: job.checkpoint.path / name
         for name in job.checkpoint.companions
-        if name not in ("recipe.toml", "report.json", "manifest.json")
+        if name not in ("recipe.toml", "report.json", "report.html", "manifest.json")
     }
 
     def seal(hashes: Mapping[str, str]) -> bytes:
@@ -55,6 +57,7 @@ def files(
         "config.json": _json(config),
         "recipe.toml": job.recipe.to_toml().encode(),
         "report.json": report.to_json().encode(),
+        "report.html": _page(report, manifest["versions"]),
         "manifest.json": seal,
     }
 
@@ -109,8 +112,25 @@ def finished(job: Job, facts: Mapping[str, Any]) -> Report:
             "Choose another folder, or move it away"
         )
     clear_work(job.out)
-    rows = tuple(Row(**{k: v for k, v in row.items() if k != "bits"}) for row in plain.pop("rows"))
-    return Report(**{**plain, "out": str(job.out), "rows": rows, "notes": tuple(plain["notes"])})
+    return Report.from_dict(plain, out=str(job.out))
+
+
+def _page(report: Report, versions: Mapping[str, str]) -> bytes:
+    """What was done, to look at. Nothing is measured yet, and the folder's own name is left out: it may change."""
+    name = f"{report.source}, compressed"
+    facts = dataclasses.replace(report, out="", seconds=0.0)
+    dossier = Dossier(
+        name=name,
+        report=facts,
+        versions={"tersely": __version__, **versions},
+        format=report.format,
+        evaluation=None,
+        blame=None,
+        speeds=(),
+        base_speeds=(),
+        folder="path/to/this/folder",
+    )
+    return render([dossier]).encode()
 
 
 def _name(job: Job) -> str:

@@ -404,6 +404,15 @@ def _replace(path: Path, fill: Callable[[BinaryIO], str]) -> None:
         _write(temporary, fill)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file whole: a reader sees the old one or the new one. Raises OutputError: it cannot be written."""
+    try:
+        with _replacing(path) as temporary:
+            _write(temporary, partial(_pour, chunks=[content]))
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
 def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -9,18 +9,22 @@ from rich.table import Table
 from rich.text import Text
 
 from tersely.checkpoint import open_checkpoint
-from tersely.demo import CALIBRATION, EVALUATION, MODEL, RECIPE, TOKENS, Demo
-from tersely.evaluation import Estimate, perplexity
+from tersely.demo import CALIBRATION, EVALUATION, MODEL, RECIPE, WEIGHTS, Demo
+from tersely.evaluation.divergence import perplexity
 from tersely.graph import read_graph
 from tersely.plan.cost import size
+from tersely.report.blame_tables import blame_table
 from tersely.report.terminal import inspection, report_table, table
+from tersely.results import Estimate
 
 
 def demo_page(demo: Demo) -> RenderableType:
-    """Five steps, the table of what it cost, and how to load the result."""
+    """Each step, the table of what it cost, and how to load the result."""
     out, checkpoint = demo.report.out, open_checkpoint(MODEL)
     model, recipe, calibration, evaluation = map(_short, (MODEL, RECIPE, CALIBRATION, EVALUATION))
     measured, checked = demo.evaluation, demo.verification
+    text = measured.text
+    assert text is not None
     return Group(
         _heading("1. Inspect the model in the package", f"tersely inspect {model}"),
         inspection(checkpoint, read_graph(checkpoint)),
@@ -34,11 +38,14 @@ def demo_page(demo: Demo) -> RenderableType:
             f"tersely evaluate {out} --against {model} --text {evaluation}",
         ),
         Text(
-            f"{measured.tokens} tokens of {measured.documents} texts that neither training nor calibration "
-            "saw; the numbers are in the table below"
+            f"{text.tokens} tokens of {text.documents} texts that neither training nor calibration "
+            f"saw.\n{measured.verdict}"
         ),
-        _heading("4. Let both write", f'tersely generate {out} "{demo.prompt}" --tokens {TOKENS}'),
         _side_by_side(demo),
+        _heading(
+            "4. Find where it lost", f"tersely blame {out} --against {model} --text {evaluation} --weights {WEIGHTS}"
+        ),
+        blame_table(demo.blame),
         _heading("5. Verify the folder", f"tersely verify {out} --source {model}"),
         Text(
             f"{checked.files} files have their hashes, all {checked.source_tensors} tensors of the source "
@@ -47,6 +54,8 @@ def demo_page(demo: Demo) -> RenderableType:
         _heading("What it cost", ""),
         _costs(demo),
         Text(f"\n{_summary(demo)}"),
+        _heading("The whole report", f"tersely report {out}"),
+        Text(f"{demo.page} has pictures; open it in a browser"),
         _heading("Load it", "no tersely needed: pip install transformers compressed-tensors accelerate"),
         Text(
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -71,15 +80,18 @@ def _side_by_side(demo: Demo) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 4, 0, 0))
     for title in ("original", "compressed"):
         made.add_column(title, max_width=70)
-    made.add_row(*(f"{demo.prompt}{text}" for text in (demo.before, demo.after)))
+    sample = demo.sample
+    made.add_row(*(f"{sample.prompt}{text}" for text in (sample.base, sample.model)))
     return made
 
 
 def _costs(demo: Demo) -> RenderableType:
     report, found = demo.report, demo.evaluation
     before, after = demo.matrix_bytes
-    base = found.base_loss
-    assert base is not None
+    text = found.text
+    assert text is not None
+    assert text.divergence is not None
+    base, apart = text.divergence.base_loss, text.divergence
     rows = [
         ("matrices", size(before), size(after), f"{demo.matrix_ratio:.2f} times smaller"),
         (
@@ -89,10 +101,10 @@ def _costs(demo: Demo) -> RenderableType:
             f"{report.ratio:.2f} times smaller",
         ),
         ("bits per weight", f"{8 * report.bytes_before / report.parameters:.2f}", f"{report.bits:.2f}", ""),
-        ("loss (nats a token)", _number(base), _number(found.loss), f"{_number(found.loss_difference)} more"),
-        ("perplexity", f"{perplexity(base.value):.2f}", f"{found.perplexity:.2f}", ""),
-        ("KL divergence (nats a token)", "", _number(found.kl), ""),
-        ("same token most likely", "", _number(found.top1_agreement, 100, " %"), ""),
+        ("loss (nats a token)", _number(base), _number(text.loss), f"{_number(apart.loss_difference)} more"),
+        ("perplexity", f"{perplexity(base.value):.2f}", f"{text.perplexity:.2f}", ""),
+        ("KL divergence (nats a token)", "", _number(apart.kl), ""),
+        ("same token most likely", "", _number(apart.top1_agreement, 100, " %"), ""),
     ]
     return table(("", "original", "compressed", "difference"), rows)
 
@@ -107,7 +119,6 @@ def _summary(demo: Demo) -> str:
     )
 
 
-def _number(estimate: Estimate | None, factor: float = 1, unit: str = "") -> str:
-    assert estimate is not None
+def _number(estimate: Estimate, factor: float = 1, unit: str = "") -> str:
     digits = 1 if unit else 4
     return f"{factor * estimate.value:.{digits}f} +- {factor * estimate.stderr:.{digits}f}{unit}"

@@ -9,6 +9,7 @@ of this machine.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import psutil
 import torch
 
 from tersely.codecs.integer import SHRINKS
-from tersely.errors import ResourceError
+from tersely.errors import ResourceError, UsageError
 from tersely.graph import Graph, Weight
 from tersely.methods import Encode
 
@@ -146,6 +147,16 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def parse_duration(text: str) -> float:
+    """The inverse, as people write it: "90", "90s", "10min", "1h30min". Raises UsageError: anything else, or 0."""
+    units = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0, "": 1.0}
+    pieces = re.fullmatch(r"(?:\d+(?:\.\d+)?(?:h|min|m|s|)(?!\d))+", compact := text.replace(" ", "").lower())
+    total = sum(float(n) * units[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)(h|min|m|s|)", compact)) if pieces else 0
+    if not total:
+        raise UsageError(f"{text!r} is no length of time; write it as 90s, 10min or 1h30min")
+    return total
 
 
 def _numel(weight: Weight) -> int:
