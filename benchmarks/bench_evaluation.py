@@ -27,6 +27,7 @@ import torch
 
 from tersely.calibrate import micro_batches, read_text, sequences
 from tersely.evaluation import divergence
+from tersely.evaluation.distributions import compare, workspace
 from tersely.evaluation.divergence import measure_text
 from tersely.runtime import Loaded, load_model, load_tokenizer
 
@@ -43,6 +44,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from tersely.calibrate import read_text
+from tersely.evaluation.distributions import compare, workspace
 from tersely.evaluation.divergence import measure_text
 from tersely.runtime import Loaded, load_model, load_tokenizer
 path, text, context, samples, tokens = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6])
@@ -192,8 +194,8 @@ def llama(assets: Path, program: Path, base: Path, compressed: Path) -> dict[str
                 engine.reset()
                 engine.eval([engine.token_bos() if begins else chunk[0], *chunk[1:]])
                 rows.append(torch.tensor(engine.scores[context // 2 : context - 1]).float())
-            room = [torch.empty_like(each) for each in rows]
-            facts.append(divergence._facts(list(divergence._compared(rows, [targets, targets], [None, None], room))))
+            space = workspace(rows[0].shape[1], rows[0].device, 2)
+            facts.append(divergence._facts(list(compare(rows, [targets, targets], [None, None], space))))
         facts_TF = torch.cat(facts).double()
     column = {name: facts_TF[:, place] for place, name in enumerate(divergence._FACTS)}
     ours = {

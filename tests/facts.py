@@ -232,6 +232,7 @@ def comparison(result: TaskResult) -> Comparison:
         detectable=2.8 * difference.stderr,
         outcome="worse" if worse else "no difference shown",
         sentence=sentence,
+        task=result.name,
     )
 
 

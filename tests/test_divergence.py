@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tersely.calibrate import documents, read_text
 from tersely.errors import CheckpointError, DataError, UsageError
-from tersely.evaluation import divergence
+from tersely.evaluation import distributions, divergence
 from tersely.evaluation.divergence import Measured, measure_text, perplexity
 from tersely.results import Divergence, Estimate
 from tersely.runtime import Loaded, load_model, load_tokenizer
@@ -114,7 +114,7 @@ def test_batching_and_chunking_do_not_move_the_result(
     tiny: Loaded, other: Loaded, text: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = measure_text([tiny, other], text, "text")
-    monkeypatch.setattr(divergence, "_CHUNK_BYTES_CPU", 4 * 32 * 7)
+    monkeypatch.setattr(distributions, "CHUNK_BYTES_CPU", 4 * 32 * 7)
     found = measure_text([tiny, other], text, "text", tokens_per_batch=tokens)
     assert found.result.loss.value == pytest.approx(expected.result.loss.value, rel=1e-6)
     assert found.result.loss.stderr == pytest.approx(expected.result.loss.stderr, rel=1e-5)
@@ -125,7 +125,21 @@ def test_batching_and_chunking_do_not_move_the_result(
 @pytest.mark.parametrize("columns", [3, 32, 521, 1024, 4096, 6000])
 def test_the_five_most_likely_tokens_are_found_in_any_width(columns: int) -> None:
     values = torch.randn(50, columns, generator=torch.Generator().manual_seed(columns))
-    assert torch.equal(divergence._top(values), values.topk(min(5, columns), dim=-1).indices)
+    assert torch.equal(distributions.top(values), values.topk(min(5, columns), dim=-1).indices)
+
+
+@pytest.mark.parametrize("shift", [0.0, 200.0, -200.0, 3000.0])
+def test_logits_beyond_what_an_exponential_can_hold_give_the_same_distribution(shift: float) -> None:
+    """The shift changes no probability; beyond 60 another way is taken."""
+    draw = torch.Generator().manual_seed(3)
+    base, model = torch.randn(20, 700, generator=draw) * 4, torch.randn(20, 700, generator=draw) * 4
+    truth = torch.arange(20)
+    space = distributions.workspace(700, torch.device("cpu"), 2)
+    found = distributions.compare([model + shift, base + shift], [truth, truth], [None, None], space)
+    log_p, log_q = model.double().log_softmax(-1), base.double().log_softmax(-1)
+    tolerance = 1e-4 * max(1.0, abs(shift) / 100)
+    assert torch.allclose(found[0].double(), -log_p[truth, truth], atol=tolerance)
+    assert torch.allclose(found[2].double(), (log_q.exp() * (log_q - log_p)).sum(-1), atol=tolerance)
 
 
 @pytest.mark.parametrize("bins", ["by_position", "by_frequency"])

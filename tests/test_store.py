@@ -93,7 +93,7 @@ def evaluation(
     )  # fmt: skip
     compared = Comparison(
         "knowledge (arc)", "points", True, 50, "McNemar, exact", near(score), near(0.5), near(score - 0.5), 0.12, 0.24,
-        math.inf, "no difference shown", "no difference shown on knowledge",
+        math.inf, "no difference shown", "no difference shown on knowledge", "arc",
     )  # fmt: skip
     samples = (Sample("=Once", " upon", " in", 0.1, 0.2),)
     return Evaluation(

@@ -152,27 +152,44 @@ def sequences(
         raise UsageError(f"context={context}: a sequence needs at least 2 tokens, one to predict from the other")
     if samples is not None and samples < 1:
         raise UsageError(f"samples={samples}: take at least 1, or leave it out to take all")
-    if at_most and samples is not None:
-        same: dict[str, Any] = {"context": context, "seed": seed, "purpose": purpose, "settings": settings}
-        try:
-            return sequences(text, tokenizer, samples=samples, **same)
-        except DataError:  # too few, or none: then all, or what is wrong with them
-            return sequences(text, tokenizer, **same)
+    wanted = _Wanted(context, samples, seed, purpose, settings, at_most)
     if DOCUMENT_SEPARATOR in text:
-        return _from_documents(text, tokenizer, context, samples, purpose, settings)
+        return _from_documents(text, tokenizer, wanted)
     if samples is not None and len(text) > max(_LONG, 2 * samples * context * _CHARACTERS_A_TOKEN):
-        return _from_places(text, tokenizer, context, samples, seed, purpose, settings)
-    return _from_windows(text, tokenizer, context, samples, seed, purpose, settings)
+        return _from_places(text, tokenizer, wanted, samples)
+    return _from_windows(text, tokenizer, wanted)
 
 
-def _from_documents(
-    text: str, tokenizer: Tokenizer, context: int, samples: int | None, purpose: str, settings: str
-) -> Sequences:
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked of a text; see `sequences`."""
+
+    context: int
+    samples: int | None
+    seed: int
+    purpose: str
+    settings: str
+    at_most: bool
+
+    def require(self, found: int, what: str) -> None:
+        """Raises DataError: fewer found than are needed."""
+        if found >= (1 if self.samples is None or self.at_most else self.samples):
+            return
+        if self.samples is None or self.at_most:
+            raise DataError(f"{self.purpose} needs text, but no {what} were found; give more text")
+        fewer = f"use {self.settings}samples={found}, a shorter context" if found else "use a shorter context"
+        raise DataError(
+            f"{self.purpose} asks for {self.samples} samples, but there are only {found} {what}; {fewer} or more text"
+        )
+
+
+def _from_documents(text: str, tokenizer: Tokenizer, wanted: _Wanted) -> Sequences:
+    context = wanted.context
     ids: list[Tensor] = []
     nbytes: list[int] = []
     used: list[str] = []
     for document in documents(text):
-        if len(ids) == samples:
+        if len(ids) == wanted.samples:
             break
         ids_L, ends = _tokenize(document, tokenizer)
         if len(ids_L) < 2:
@@ -180,21 +197,20 @@ def _from_documents(
         ids.append(ids_L[:context].clone())
         nbytes.append(_predicted_bytes(document, ends[:context]))
         used.append(document)
-    _require(len(ids), samples, "documents of 2 tokens or more", purpose, settings)
+    wanted.require(len(ids), "documents of 2 tokens or more")
     name = _sha256({"kind": "documents", "context": context}, DOCUMENT_SEPARATOR.join(used))
     return Sequences(tuple(ids), "documents", tuple(nbytes), name)
 
 
-def _from_windows(
-    text: str, tokenizer: Tokenizer, context: int, samples: int | None, seed: int, purpose: str, settings: str
-) -> Sequences:
+def _from_windows(text: str, tokenizer: Tokenizer, wanted: _Wanted) -> Sequences:
+    context = wanted.context
     ids_T, ends = _tokenize(text, tokenizer)
     whole = len(ids_T) // context
     count = whole or int(len(ids_T) >= 2)
-    _require(count, samples, f"windows of {context} tokens (the text has {len(ids_T)} tokens)", purpose, settings)
+    wanted.require(count, f"windows of {context} tokens (the text has {len(ids_T)} tokens)")
     chosen = list(range(count))
-    if samples is not None:
-        draw = random.Random(seed)
+    if wanted.samples is not None and wanted.samples < count:
+        samples, draw = wanted.samples, random.Random(wanted.seed)
         chosen = [draw.randrange(i * count // samples, (i + 1) * count // samples) for i in range(samples)]
     cuts = [slice(window * context, (window + 1) * context) for window in chosen]
     ids = tuple(ids_T[cut].clone() for cut in cuts)
@@ -203,10 +219,8 @@ def _from_windows(
     return Sequences(ids, "windows", nbytes, name)
 
 
-def _from_places(
-    text: str, tokenizer: Tokenizer, context: int, samples: int, seed: int, purpose: str, settings: str
-) -> Sequences:
-    draw = random.Random(seed)
+def _from_places(text: str, tokenizer: Tokenizer, wanted: _Wanted, samples: int) -> Sequences:
+    context, draw = wanted.context, random.Random(wanted.seed)
     stretch = len(text) / samples
     ids: list[Tensor] = []
     nbytes: list[int] = []
@@ -226,7 +240,7 @@ def _from_places(
             ids.append(ids_T[:context].clone())
             nbytes.append(_predicted_bytes(piece, ends[:context]))
             places.append(begin)
-    _require(len(ids), samples, f"stretches of the text with {context} tokens", purpose, settings)
+    wanted.require(len(ids), f"stretches of the text with {context} tokens")
     name = _sha256({"kind": "windows", "context": context, "places": places}, text)
     return Sequences(tuple(ids), "windows", tuple(nbytes), name)
 
@@ -249,15 +263,6 @@ def _tokenize(text: str, tokenizer: Tokenizer) -> tuple[Tensor, list[int]]:
 
 def _predicted_bytes(text: str, ends: list[int]) -> int:
     return len(text[ends[0] : ends[-1]].encode())
-
-
-def _require(found: int, samples: int | None, what: str, purpose: str, settings: str) -> None:
-    if found >= (samples or 1):
-        return
-    if samples is None:
-        raise DataError(f"{purpose} needs text, but no {what} were found; give more text")
-    advice = f"use {settings}samples={found}, a shorter context" if found else "use a shorter context"
-    raise DataError(f"{purpose} asks for {samples} samples, but there are only {found} {what}; {advice} or more text")
 
 
 def _sha256(facts: dict[str, object], text: str) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from logging import ERROR
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Kind = Literal["causal", "masked", "seq2seq"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +109,7 @@ def generate(
     result. Ends at the model's end token or after `max_new_tokens`. Raises UsageError: not a causal language
     model, a bad number, or more tokens than the model has positions; CheckpointError as in `load_model`.
     """
-    if model_kind(path) != "causal":
-        raise UsageError(f"{path}: only causal language models generate, this one is {model_kind(path)}")
+    require_causal(path, "generate")
     _require_writable(max_new_tokens, temperature)
     tokenizer = load_tokenizer(path)
     loaded = Loaded(str(path), load_model(path, device=device, dtype=dtype), tokenizer, device)
@@ -249,6 +249,44 @@ def model_kind(path: str | Path) -> Kind:
         f"{path}: config.json names the architectures {names}; expected a causal, masked or "
         "sequence-to-sequence language model that transformers knows, such as LlamaForCausalLM"
     )
+
+
+def require_causal(path: str | Path, what: str) -> None:
+    """Raises UsageError: the model is of another kind. what: only causal ones "are evaluated", "generate"."""
+    if (kind := model_kind(path)) != "causal":
+        raise UsageError(
+            f"{path}: only causal language models {what}, this one is {kind}; "
+            "give a checkpoint such as LlamaForCausalLM"
+        )
+
+
+def load_tokenizers(paths: Sequence[str | Path]) -> list["PreTrainedTokenizerBase"]:
+    """The tokenizer of each checkpoint; those whose files are the same share one, so that texts are cut once."""
+    known: dict[tuple[bytes | None, ...], PreTrainedTokenizerBase] = {}
+    found = []
+    for path in paths:
+        files = [Path(path) / name for name in _TOKENIZER_FILES]
+        contents = tuple(file.read_bytes() if file.is_file() else None for file in files)
+        if contents[0] is None:  # cut by files of another kind
+            found.append(load_tokenizer(path))
+            continue
+        if contents not in known:
+            known[contents] = load_tokenizer(path)
+        found.append(known[contents])
+    return found
+
+
+def context_within(context: int | None, networks: Sequence[Any], most: int) -> int:
+    """Tokens of a sequence that all networks have positions for: `context`, or by default at most `most`.
+
+    Raises UsageError: more than there are positions.
+    """
+    limits = [limit for network in networks if (limit := max_positions(network.config)) is not None]
+    if context is None:
+        return min([*limits, most])
+    if limits and context > min(limits):
+        raise UsageError(f"context={context} exceeds the model's {min(limits)} positions; use at most that")
+    return context
 
 
 def max_positions(config: Any) -> int | None:

@@ -2,8 +2,8 @@
 
 Streamed: of the logits only those of one micro-batch exist, of each predicted token a few numbers are kept.
 
-S = sequences, T = predicted tokens, B = sequences of a micro-batch, L = tokens of a sequence, R = tokens worked on at
-once, V = vocabulary, C = tokens that both vocabularies have, F = facts of a token.
+S = sequences, T = predicted tokens, B = sequences of a micro-batch, L = tokens of a sequence, V = vocabulary, F = facts
+of a token.
 """
 
 from __future__ import annotations
@@ -15,24 +15,21 @@ import random
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tersely.calibrate import MicroBatch, Sequences, micro_batches, sequences
-from tersely.errors import CheckpointError, DataError, UsageError
+from tersely.errors import CheckpointError
+from tersely.evaluation.distributions import as_float32, compare, cuts, workspace
 from tersely.evaluation.statistics import paired, ratio
+from tersely.evaluation.vocabulary import Vocabulary, match
 from tersely.results import Bin, Divergence, Estimate, TextResult
-from tersely.runtime import Loaded, max_positions, quiet
+from tersely.runtime import Loaded, context_within, quiet
 
-# Of one float32 R x V tensor. On a CPU what fits its cache is three times faster; an accelerator wants more.
-_CHUNK_BYTES_CPU, _CHUNK_BYTES_ACCELERATOR = 4 * 2**20, 64 * 2**20
 _DEFAULT_CONTEXT = 2048
 _FACTS = ("loss", "base_loss", "kl", "top1", "top5", "lost", "gained", "rank", "outside")
-_TOP = 5
 _PILOT_TOKENS = 2048
 _RANKS = ((1, 1), (2, 5), (6, 10), (11, 100), (101, None))
 _QUANTILES = ("0.5", "0.9", "0.99", "0.999", "1")
@@ -50,15 +47,6 @@ class Measured:
     """Losses of the documents that could be compared; empty without a base."""
     sizes: tuple[int, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Vocabulary:
-    """The tokens that both models know: column i of `model_C` is the token of column i of `base_C`; None: all."""
-
-    model_C: Tensor | None
-    base_C: Tensor | None
-    shared: int
 
 
 def perplexity(loss: float) -> float:
@@ -93,7 +81,7 @@ def measure_text(
     gives NaN.
     """
     start = time.monotonic()
-    context = _context(context, [model.network for model in models])
+    context = context_within(context, [model.network for model in models], _DEFAULT_CONTEXT)
     tokenizers = list(dict.fromkeys(model.tokenizer for model in models))  # models may share one
     tokenized = [
         sequences(
@@ -103,7 +91,7 @@ def measure_text(
     ]
     data = tokenized[0]
     available = len(data.ids)
-    vocabulary, ids = _matched(models, tokenized)
+    vocabulary, ids = match(models, tokenized)
     order = list(range(available))
     if budget is not None:
         random.Random(seed).shuffle(order)
@@ -167,60 +155,13 @@ def _count(
     return count
 
 
-def _context(context: int | None, networks: list[Any]) -> int:
-    limits = [limit for network in networks if (limit := max_positions(network.config)) is not None]
-    if context is None:
-        return min([*limits, _DEFAULT_CONTEXT])
-    if limits and context > min(limits):
-        raise UsageError(f"context={context} exceeds the model's {min(limits)} positions; use at most that")
-    return context
-
-
-def _matched(models: Sequence[Loaded], tokenized: Sequence[Sequences]) -> tuple[_Vocabulary, dict[int, Tensor] | None]:
-    """The tokens in common, and the base's ids of the sequences that both cut alike; None where they are the same."""
-    if len(models) < 2:
-        return _Vocabulary(None, None, 0), None
-    sizes = [int(model.network.config.get_text_config().vocab_size) for model in models]
-    if sizes[0] == sizes[1] and len(tokenized) == 1:
-        return _Vocabulary(None, None, sizes[0]), None
-    words = [model.tokenizer.get_vocab() for model in models]
-    mine, base = tokenized[0], tokenized[-1]
-    alike = len(mine.ids) == len(base.ids) and all(map(torch.equal, mine.ids, base.ids))
-    if sizes[0] == sizes[1] and (words[0] == words[1] or alike):
-        if alike:
-            return _Vocabulary(None, None, sizes[0]), None
-        raise _differ(models, "cut this text differently")
-    both = sorted((i, words[1][word]) for word, i in words[0].items() if word in words[1])
-    pairs = [(i, j) for i, j in both if i < sizes[0] and j < sizes[1]]
-    if not pairs:
-        raise _differ(models, "share no token")
-    model_C, base_C = torch.tensor(pairs).T.contiguous()
-    table = torch.full((max(sizes[0], int(max(map(int, (ids.max() for ids in mine.ids)))) + 1),), -1)
-    table[model_C] = base_C
-    ids = {
-        i: theirs
-        for i, (own, theirs) in enumerate(zip(mine.ids, base.ids, strict=False))
-        if torch.equal(table[own], theirs)
-    }
-    if not ids:
-        raise _differ(models, f"share {len(pairs)} tokens, but cut no {mine.kind.removesuffix('s')} of this text alike")
-    return _Vocabulary(model_C, base_C, len(pairs)), ids
-
-
-def _differ(models: Sequence[Loaded], what: str) -> DataError:
-    return DataError(
-        f"the tokenizers of {models[0].name} and {models[1].name} {what}: predictions cannot be compared token by "
-        "token; give both the same tokenizer, or evaluate each alone and compare bits_per_byte"
-    )
-
-
 def _remembered(
     done: MutableMapping[str, bytes] | None,
     models: Sequence[Loaded],
     batch: MicroBatch,
     base_ids: Sequence[Tensor] | None,
     index: Sequence[int],
-    vocabulary: _Vocabulary,
+    vocabulary: Vocabulary,
 ) -> list[Tensor]:
     """The facts of each row of a micro-batch, L - 1 x F float32, from an earlier run where it has them."""
     lengths = [
@@ -238,10 +179,10 @@ def _remembered(
 
 
 def _measure(
-    models: Sequence[Loaded], batch: MicroBatch, base_ids: Sequence[Tensor] | None, vocabulary: _Vocabulary
+    models: Sequence[Loaded], batch: MicroBatch, base_ids: Sequence[Tensor] | None, vocabulary: Vocabulary
 ) -> Tensor:
     """The facts of the predicted tokens of a micro-batch, row after row without padding, T x F float32."""
-    device = models[0].device
+    device = torch.device(models[0].device)
     inputs = [batch.ids_BL.to(device)] * len(models)
     if base_ids is not None:
         inputs[1] = torch.nn.utils.rnn.pad_sequence(list(base_ids), batch_first=True).to(device)
@@ -251,88 +192,18 @@ def _measure(
     with quiet(), torch.inference_mode():
         logits = [m.network(input_ids=ids_BL, use_cache=False).logits for m, ids_BL in zip(models, inputs, strict=True)]
         widest = max(each_BLV.shape[-1] for each_BLV in logits)
-        on_cpu = torch.device(device).type == "cpu"
-        step = max(1, (_CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ACCELERATOR) // (4 * widest))
-        # Fresh memory for each chunk would cost as much as the arithmetic: the system clears every page of it.
-        room = [torch.empty(step, widest, device=device) for _ in range(4)]
-        chunks = []
+        space = workspace(widest, device, 4)
+        compared = []
         for row, tokens in enumerate(lengths):
-            for first in range(0, tokens - 1, step):
-                last = min(first + step, tokens - 1)
-                chunk = [
-                    _float(each_BLV[row, first:last], space) for each_BLV, space in zip(logits, room, strict=False)
-                ]
-                targets = [ids_BL[row, first + 1 : last + 1] for ids_BL in inputs]
-                chunks.append(_compared(chunk, targets, columns, room[2:]))
-        return _facts([torch.cat(each) for each in zip(*chunks, strict=True)]).cpu()
-
-
-def _float(values_RV: Tensor, space: Tensor) -> Tensor:
-    return values_RV if values_RV.dtype == torch.float32 else _fit(space, values_RV).copy_(values_RV)
-
-
-def _fit(space: Tensor, like_RV: Tensor) -> Tensor:
-    """As much of the space as has this shape."""
-    return space.view(-1)[: like_RV.numel()].view(like_RV.shape)
-
-
-def _compared(
-    logits: list[Tensor], targets: list[Tensor], columns: list[Tensor | None], room: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """What needs whole distributions, R rows: loss; and against a base its loss, KL, the probability outside the shared
-    tokens, the five most likely tokens of both, the true one, and the rank of the base's first where it is not among
-    the model's five (else 0).
-
-    With m the largest logit, log sum exp(z) = m + log sum exp(z - m), and with e = exp(z_base - m_base):
-
-        KL = sum(e * (z_base - z)) / sum(e) - logsumexp(z_base) + logsumexp(z)
-    """
-    found = [_distribution(each_RV, space) for each_RV, space in zip(logits, room, strict=False)]
-    losses = [
-        each.normalizer_R - each_RV.gather(1, t_R[:, None]).squeeze(1)
-        for each, each_RV, t_R in zip(found, logits, targets, strict=True)
-    ]
-    if len(logits) == 1:
-        return (losses[0],)
-    truth_R, outside_R = targets[0], torch.zeros_like(losses[0])
-    if columns[0] is not None and columns[1] is not None:
-        whole_R = found[1].normalizer_R
-        logits = [each_RV[:, c] for each_RV, c in zip(logits, (columns[0], columns[1]), strict=True)]
-        found = [_distribution(each_RC, space) for each_RC, space in zip(logits, room, strict=True)]
-        outside_R = (1 - (found[1].normalizer_R - whole_R).exp()).clamp(0, 1)
-        truth_R = torch.searchsorted(columns[0], truth_R)  # every id of a compared document is among the columns
-    (model_RC, base_RC), (model, base) = logits, found
-    rank_R = torch.zeros_like(truth_R)
-    far_N = (model.top_RK != base.top_RK[:, :1]).all(1).nonzero().squeeze(1)
-    if len(far_N):
-        reached_N1 = model_RC[far_N].gather(1, base.top_RK[far_N, :1])
-        rank_R[far_N] = 1 + (model_RC[far_N] > reached_N1).sum(-1)
-    apart_RC = torch.sub(base_RC, model_RC, out=_fit(room[0], base_RC))
-    kl_R = apart_RC.mul_(base.weights_RC).sum(-1) / base.sum_R - base.normalizer_R + model.normalizer_R
-    kl_R.clamp_(min=0)  # rounding makes it -1e-7 at times
-    return (*losses, kl_R, outside_R, model.top_RK, base.top_RK, truth_R, rank_R)
-
-
-@dataclass(frozen=True, eq=False)
-class _Distribution:
-    """Of rows of logits: the five most likely columns, exp(z - max) with its sum, and log sum exp(z)."""
-
-    top_RK: Tensor
-    weights_RC: Tensor
-    sum_R: Tensor
-    normalizer_R: Tensor
-
-
-def _distribution(logits_RC: Tensor, space: Tensor) -> _Distribution:
-    top_RK = _top(logits_RC)
-    largest_R1 = logits_RC.gather(1, top_RK[:, :1])
-    weights_RC = torch.sub(logits_RC, largest_R1, out=_fit(space, logits_RC)).exp_()
-    sum_R = weights_RC.sum(-1)
-    return _Distribution(top_RK, weights_RC, sum_R, largest_R1.squeeze(1) + sum_R.log())
+            for cut in cuts(tokens - 1, widest, device):
+                piece = [as_float32(each_BLV[row, cut], own) for each_BLV, own in zip(logits, space, strict=False)]
+                targets = [ids_BL[row, 1:][cut] for ids_BL in inputs]
+                compared.append(compare(piece, targets, columns, space[2:]))
+        return _facts([torch.cat(each) for each in zip(*compared, strict=True)]).cpu()
 
 
 def _facts(compared: list[Tensor]) -> Tensor:
-    """The facts of each token from what `_compared` gave, T x F float32; without a base all but the first are zero."""
+    """The facts of each token from what `compare` gave, T x F float32; without a base all but the first are zero."""
     facts_TF = compared[0].new_zeros(len(compared[0]), len(_FACTS))
     facts_TF[:, 0] = compared[0]
     if len(compared) == 1:
@@ -353,30 +224,6 @@ def _facts(compared: list[Tensor]) -> Tensor:
     for place, fact_T in enumerate(facts, start=1):
         facts_TF[:, place] = fact_T
     return facts_TF
-
-
-def _top(values_RC: Tensor) -> Tensor:
-    """Columns of the five largest values of each row, largest first, R x 5.
-
-    They lie in the five blocks of columns with the largest maxima; to look only there takes a third of the time.
-    """
-    count = min(_TOP, values_RC.shape[1])
-    width = _block(values_RC.shape[1])
-    if not width:
-        return values_RC.topk(count, dim=-1).indices
-    blocks_RNW = values_RC.reshape(len(values_RC), -1, width)
-    best_RK = blocks_RNW.amax(-1).topk(count, dim=-1).indices
-    inside_RKW = blocks_RNW.gather(1, best_RK[:, :, None].expand(-1, -1, width))
-    place_RK = inside_RKW.flatten(1).topk(count, dim=-1).indices
-    return best_RK.gather(1, place_RK // width) * width + place_RK % width
-
-
-@lru_cache
-def _block(columns: int) -> int:
-    """A divisor of the number of columns near its root; 0 where there is none that helps."""
-    root = math.isqrt(columns)
-    near = [w for w in range(max(2, root // 8), 8 * root + 1) if columns % w == 0 and columns // w >= _TOP]
-    return min(near, key=lambda w: abs(math.log(w / root)), default=0) if columns >= 512 else 0
 
 
 def _require_finite(models: Sequence[Loaded], facts: dict[int, Tensor], index: Sequence[int], kind: str) -> None:
@@ -402,7 +249,7 @@ def _measured(
     facts: dict[int, Tensor],
     models: Sequence[Loaded],
     ids: dict[int, Tensor] | None,
-    vocabulary: _Vocabulary,
+    vocabulary: Vocabulary,
     name: str,
     context: int,
     available: int,
@@ -448,9 +295,7 @@ def _totals(facts: Sequence[Tensor]) -> Tensor:
     return torch.stack([facts_LF.sum(0, dtype=torch.float64) for facts_LF in facts])
 
 
-def _divergence(
-    totals_SF: Tensor, sizes: list[int], facts_TF: Tensor, vocabulary: _Vocabulary, seed: int
-) -> Divergence:
+def _divergence(totals_SF: Tensor, sizes: list[int], facts_TF: Tensor, vocabulary: Vocabulary, seed: int) -> Divergence:
     column = {name: totals_SF[:, place].tolist() for place, name in enumerate(_FACTS)}
     rank_T = facts_TF[:, _FACTS.index("rank")]
     kl_T = facts_TF[:, _FACTS.index("kl")].double().numpy()

@@ -88,13 +88,12 @@ def merged(evaluations: Sequence[Evaluation]) -> Evaluation | None:
         if each.base is None or (first.base is not None and each.base.fingerprint == first.base.fingerprint)
     ]
     against = [each for each in alike if (each.base is None) == (first.base is None)]
-    text = next((each.text for each in against if each.text is not None), None)
+    told = next((each for each in against if each.text is not None), None)
+    text = None if told is None else told.text
     tasks = {task.name: task for each in reversed(against) for task in each.tasks}
-    comparisons = {found.name: found for each in reversed(against) for found in each.comparisons}
-    if text is not None:
-        kept = f"loss on {Path(text.text).name}"
-        comparisons = {n: c for n, c in comparisons.items() if not n.startswith("loss on ") or n == kept}
-    settled = settle(list(comparisons.values()))
+    asked = {c.task: c for each in reversed(against) for c in each.comparisons if c.task is not None}
+    comparisons = [*asked.values(), *(c for c in (told.comparisons if told else ()) if c.task is None)]
+    settled = settle(comparisons)
     return replace(
         first,
         text=text,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -23,7 +23,7 @@ from tersely.evaluation.subject import setting, subject
 from tersely.evaluation.tasks import TaskScores, check_tasks, run_tasks
 from tersely.evaluation.verdict import compare_answers, compare_auc, compare_losses, overall, settle
 from tersely.results import Comparison, Evaluation, Part, Sample, Subject, TaskResult
-from tersely.runtime import Loaded, load_model, load_tokenizer, max_positions, model_kind, write
+from tersely.runtime import Loaded, load_model, load_tokenizers, max_positions, require_causal, write
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the evaluation that is done, 0 to 1."""
@@ -85,19 +85,14 @@ def evaluate(
         raise UsageError(f"writing={writing}: expected 0 or more")
     folders = [Path(model)] + ([] if against is None else [Path(against)])
     for folder in folders:
-        if (kind := model_kind(folder)) != "causal":
-            raise UsageError(
-                f"{folder}: only causal language models are evaluated, this one is {kind}; "
-                "give a checkpoint such as LlamaForCausalLM"
-            )
+        require_causal(folder, "are evaluated")
     content = None if text is None else read_text(text)
     data_folder = None if data is None else Path(data)
     check_tasks(tasks, data_folder)
     say("loading", 0.0)
-    tokenizers = _tokenizers(folders)
     models = [
         Loaded(str(folder), load_model(folder, device=device, dtype=dtype), tokenizer, device)
-        for folder, tokenizer in zip(folders, tokenizers, strict=True)
+        for folder, tokenizer in zip(folders, load_tokenizers(folders), strict=True)
     ]
     subjects = [_subject(m) for m in models]
     base = subjects[1] if len(models) > 1 else None
@@ -181,17 +176,6 @@ def evaluate(
         kept.clear()
     say("finished", 1.0)
     return result
-
-
-def _tokenizers(folders: Sequence[Path]) -> list[Any]:
-    """The tokenizer of each model; one for both where their files are the same, so that texts are cut once."""
-    first = load_tokenizer(folders[0])
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    contents = [[(f / name).read_bytes() if (f / name).is_file() else None for name in names] for f in folders]
-    return [
-        first if content == contents[0] and content[0] is not None else load_tokenizer(folder)
-        for folder, content in zip(folders, contents, strict=True)
-    ]
 
 
 def _subject(model: Loaded) -> Subject:
@@ -287,13 +271,13 @@ def _task_result(scores: TaskScores, seed: int) -> TaskResult:
 
 
 def _compared(scores: TaskScores, seed: int) -> Comparison:
-    name = f"{scores.group} ({scores.name})"
-    if scores.labels is not None:
-        return compare_auc(name, scores.scores[0], scores.scores[1], scores.labels)
-    kind: Literal["right", "score"] = "right" if scores.kind == "right" else "score"
-    return compare_answers(
-        name, scores.scores[0], scores.scores[1], kind=kind, higher_is_better=scores.higher_is_better, seed=seed
-    )
+    name, (mine, base) = f"{scores.group} ({scores.name})", scores.scores
+    if scores.kind == "auc":
+        assert scores.labels is not None
+        found = compare_auc(name, mine, base, scores.labels)
+    else:
+        found = compare_answers(name, mine, base, kind=scores.kind, higher_is_better=scores.higher_is_better, seed=seed)
+    return replace(found, task=scores.name)
 
 
 def _written(models: Sequence[Loaded], content: str, count: int) -> tuple[Sample, ...]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tersely.results.estimate import Estimate
 from tersely.results.evaluation import Setting, Subject
-from tersely.results.plain import from_json, to_json
+from tersely.results.plain import Measurement
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Depth:
 
 
 @dataclass(frozen=True)
-class Blame:
+class Blame(Measurement):
     """What each site of a compressed model costs, dearest first, and how the error grows along the depth."""
 
     model: Subject
@@ -64,12 +64,3 @@ class Blame:
     """What could not be swapped, or was not reached in the time given."""
     budget: float | None = None
     seconds: float = field(default=0.0, compare=False)
-
-    def to_json(self) -> str:
-        """As JSON; an infinite number is written as null."""
-        return to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> Blame:
-        """The inverse of `to_json`. Raises DataError: not the JSON of a Blame."""
-        return from_json(cls, text)

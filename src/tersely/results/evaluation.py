@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tersely.results.estimate import Estimate
-from tersely.results.plain import from_json, to_json
+from tersely.results.plain import Measurement
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,8 @@ class Comparison:
     detectable: float
     outcome: Literal["better", "worse", "no difference shown"]
     sentence: str
+    task: str | None = None
+    """Which of the evaluation's tasks asked; None: its text."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measurement):
     """What was measured of a model, and against a base, and what that shows. Times are not compared."""
 
     model: Subject
@@ -232,12 +234,3 @@ class Evaluation:
     budget: float | None = None
     """Seconds that the sample sizes were chosen for; None: everything was asked."""
     seconds: float = field(default=0.0, compare=False)
-
-    def to_json(self) -> str:
-        """As JSON; an infinite number is written as null."""
-        return to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> Evaluation:
-        """The inverse of `to_json`. Raises DataError: not the JSON of an Evaluation."""
-        return from_json(cls, text)

@@ -8,7 +8,7 @@ import math
 import types
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tersely.errors import DataError
 
@@ -41,6 +41,19 @@ def from_json(kind: type[T], text: str) -> T:
         raise DataError(f"not the JSON of a {kind.__name__} ({error})") from error
     assert isinstance(made, kind)
     return made
+
+
+class Measurement:
+    """A result that is kept, exported and read again as JSON."""
+
+    def to_json(self) -> str:
+        """As JSON; an infinite number is written as null."""
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`. Raises DataError: not the JSON of such a result."""
+        return from_json(cls, text)
 
 
 _hints = lru_cache(get_type_hints)

@@ -113,9 +113,9 @@ def _evaluation(result: Evaluation) -> Iterator[Figure]:
         yield from _text(result.text, text, base)
     for task in result.tasks:
         yield from _task(task, base)
+    tasks = {task.name: {"items": task.sha256, "metric": task.metric} for task in result.tasks}
     for found in result.comparisons:
-        task_of = [t for t in result.tasks if found.name == t.name or found.name.endswith(f"({t.name})")]
-        asked = {"items": task_of[0].sha256, "metric": task_of[0].metric} if task_of else text
+        asked = text if found.task is None else tasks.get(found.task, {})
         unit = "share" if found.unit == "points" else found.unit
         conditions = {**asked, **base}
         name = f"{found.name}, difference"

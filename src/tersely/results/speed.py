@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tersely.results.evaluation import Setting, Subject
-from tersely.results.plain import from_json, to_json
+from tersely.results.plain import Measurement
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Speed:
+class Speed(Measurement):
     """A model in one engine on one machine.
 
     first_token: seconds from a prompt of the shortest length, batch 1, to its first token (median).
@@ -54,12 +54,3 @@ class Speed:
     notes: tuple[str, ...]
     """Cells left out, and why; what must be known of the engine's figures."""
     seconds: float = field(default=0.0, compare=False)
-
-    def to_json(self) -> str:
-        """As JSON; an infinite number is written as null."""
-        return to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> Speed:
-        """The inverse of `to_json`. Raises DataError: not the JSON of a Speed."""
-        return from_json(cls, text)
