@@ -33,6 +33,8 @@ from tersely.compression import compress
 from tersely.evaluation import blame as inside
 from tersely.evaluation.blame import blame
 from tersely.evaluation.divergence import measure_text
+from tersely.evaluation.passes import Work, in_batches
+from tersely.evaluation.swapping import differences
 from tersely.graph import read_graph
 from tersely.plan.recipe import load_recipe
 from tersely.results import Blame
@@ -151,15 +153,15 @@ def timed(source: Path, data: tuple[Path, Path, Path], work: Path, repeats: int 
     networks = inside._load(folders, "cpu", "auto")
     sequences, _ = inside._data(read_text(data[1]), networks, folders, CONTEXT, 16, None, 0)
     graph = read_graph(open_checkpoint(source))
-    differences = inside._differences(graph, networks, folders, "restore", "cpu")
-    batch = inside._batches(sequences, range(16), 4096)[0]
+    changed = differences(graph, networks, folders, "restore", "cpu")
+    batch = in_batches(sequences, range(16), 4096)[0]
     found: dict[str, Any] = {"tokens": batch.tokens}
     begin = time.process_time()
-    inside._Work(differences.networks, {}).record(batch)
+    Work(changed.networks, {}).record(batch)
     found["record"] = round(time.process_time() - begin, 4)
-    sites = [site for site in differences.sites if site.level == "block"]
+    sites = [site for site in changed.sites if site.level == "block"]
     for label, replays in (("replay", True), ("whole passes", False)):
-        work_ = inside._Work(differences.networks, {}, replays=replays)
+        work_ = Work(changed.networks, {}, replays=replays)
         work_.record(batch)
         seconds = []
         for site in sites:

@@ -19,6 +19,7 @@ from torch import Tensor
 from tersely.compression import compress
 from tersely.errors import CheckpointError, DataError, OutputError, TerselyError, UsageError
 from tersely.evaluation import blame as module
+from tersely.evaluation import passes, schedule
 from tersely.evaluation.blame import blame
 from tersely.evaluation.store import Store
 from tersely.plan.recipe import load_recipe
@@ -235,7 +236,7 @@ def test_the_models_are_bit_identical_before_and_after_also_after_an_exception(
     monkeypatch.setattr(module, "load_model", watched)
     blame(model, text, against=source, direction=direction, samples=2)
     assert watched.unchanged()
-    divergences = module._divergences
+    divergences = passes._divergences
     calls = 0
 
     def failing(*args: Any) -> list[float]:
@@ -245,11 +246,11 @@ def test_the_models_are_bit_identical_before_and_after_also_after_an_exception(
             raise KilledError
         return divergences(*args)
 
-    monkeypatch.setattr(module, "_divergences", failing)
+    monkeypatch.setattr(passes, "_divergences", failing)
     with pytest.raises(KilledError):
         blame(model, text, against=source, direction=direction, samples=2)
-    monkeypatch.setattr(module, "_divergences", divergences)
-    logits = module._logits
+    monkeypatch.setattr(passes, "_divergences", divergences)
+    logits = passes._logits
     calls = 0
 
     def broken(*args: Any) -> Tensor:
@@ -260,7 +261,7 @@ def test_the_models_are_bit_identical_before_and_after_also_after_an_exception(
             raise KilledError
         return logits(*args)
 
-    monkeypatch.setattr(module, "_logits", broken)
+    monkeypatch.setattr(passes, "_logits", broken)
     with pytest.raises(KilledError):
         blame(model, text, against=source, direction=direction, samples=2)
     assert len(watched.loaded) == 6
@@ -290,16 +291,16 @@ def test_what_is_kept_is_measured_only_once(
     model = noisy(base, tmp_path / "m", {"weight": 0.1})
     kept: dict[str, bytes] = {}
     first = blame(model, text, against=base, samples=4, unfinished=kept)
-    passes: list[Any] = []
-    logits = module._logits
+    made: list[Any] = []
+    logits = passes._logits
 
     def counting(*args: Any) -> Tensor:
-        passes.append(args)
+        made.append(args)
         return logits(*args)
 
-    monkeypatch.setattr(module, "_logits", counting)
+    monkeypatch.setattr(passes, "_logits", counting)
     assert blame(model, text, against=base, samples=4, unfinished=kept) == first
-    assert len(passes) <= 7  # those of the check
+    assert len(made) <= 7  # those of the check
     with pytest.raises(OutputError, match="another measurement"):
         blame(model, text, against=base, samples=4, direction="spoil", unfinished=kept)
 
@@ -322,7 +323,7 @@ def test_a_bound_on_memory_changes_nothing_but_time(
     model = noisy(base, tmp_path / "m", {"weight": 0.1})
     settings: dict[str, Any] = {"against": base, "tokens_per_batch": 100, "samples": 8}
     ample = blame(model, text, **settings)
-    monkeypatch.setattr(module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(passes, "KEPT_BYTES", 0)
     assert blame(model, text, **settings) == ample
 
 
@@ -354,7 +355,7 @@ def test_the_time_given_is_kept_and_what_was_not_reached_is_named(
 ) -> None:
     model = noisy(base, tmp_path / "m", {"proj": 0.1})
     time = Time(load_model)
-    monkeypatch.setattr(module, "monotonic", time)
+    monkeypatch.setattr(schedule, "monotonic", time)
     monkeypatch.setattr(module, "load_model", time.load_model)
     measured: list[int] = []
     documents: list[int] = []
@@ -390,7 +391,7 @@ def test_a_budget_too_small_for_one_document_says_which_blocks_it_did_not_reach(
     base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     time = Time(load_model)
-    monkeypatch.setattr(module, "monotonic", time)
+    monkeypatch.setattr(schedule, "monotonic", time)
     monkeypatch.setattr(module, "load_model", time.load_model)
     result = blame(noisy(base, tmp_path / "m", {"proj": 0.1}), text, against=base, budget=0.1)
     assert result.documents == 1
@@ -404,7 +405,7 @@ def test_a_run_with_a_budget_continues_with_the_sample_that_it_began_with(
 ) -> None:
     model = noisy(base, tmp_path / "m", {"proj": 0.1})
     time = Time(load_model)
-    monkeypatch.setattr(module, "monotonic", time)
+    monkeypatch.setattr(schedule, "monotonic", time)
     monkeypatch.setattr(module, "load_model", time.load_model)
     kept: dict[str, bytes] = {}
     settings: dict[str, Any] = {"against": base, "budget": 16.0}

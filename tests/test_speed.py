@@ -16,11 +16,10 @@ from rich.console import Console
 
 from tersely.compression import compress
 from tersely.errors import CheckpointError, ResourceError, UsageError
-from tersely.evaluation import speed as module
-from tersely.evaluation.engines import Task
+from tersely.evaluation.engines import Task, process
 from tersely.evaluation.engines.transformers import TransformersEngine
 from tersely.evaluation.engines.worker import prompts
-from tersely.evaluation.speed import Race, race, speed, speeds
+from tersely.evaluation.speed import Race, race, speed
 from tersely.plan.recipe import load_recipe
 from tersely.report.speed_tables import speed_table
 from tersely.results import Speed
@@ -231,7 +230,7 @@ def test_a_budget_that_is_used_up_leaves_the_first_cell_and_names_the_others(mod
 def test_a_worker_that_does_not_answer_in_time_is_stopped(
     model: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_GRACE", 1.0)
+    monkeypatch.setattr(process, "_GRACE", 1.0)
     fake(run="length > 4 and time.sleep(600)")
     found = speed(model, batches=(1,), lengths=(4, 8), repeats=1, warmups=0, budget=4)
     assert cells(found, "prefill") == [(1, 4)]
@@ -252,7 +251,7 @@ def test_the_first_token_is_known_where_no_cell_has_one_sequence(model: Path, fa
 def test_progress_rises_from_nothing_to_all(model: Path, fake: Any) -> None:
     fake()
     seen: list[float] = []
-    speeds([model, model], repeats=2, progress=lambda _, share: seen.append(share))
+    race([model, model], repeats=2, progress=lambda _, share: seen.append(share))
     assert seen == sorted(seen)
     assert (seen[0], seen[-1]) == (0.0, 1.0)
     assert len(set(seen)) > 10
@@ -294,9 +293,9 @@ def test_what_cannot_be_timed_is_refused_before_anything_runs(tmp_path: Path) ->
     with pytest.raises(UsageError, match="reads checkpoint folders"):
         speed(tmp_path / "model.gguf", engine="transformers")
     with pytest.raises(UsageError, match="at least one"):
-        speeds([])
+        race([])
     with pytest.raises(UsageError, match="1 engines for 2 models"):
-        speeds([tmp_path, tmp_path], engine=["transformers"])
+        race([tmp_path, tmp_path], engine=["transformers"])
 
 
 def test_no_length_within_the_positions_is_an_error(model: Path, fake: Any) -> None:

@@ -15,6 +15,7 @@ from tersely.report.charts import MINUS, number
 from tersely.results import Bin, Estimate, Report, Row
 
 LONGEST_NAME, LONGEST_NOTE = 160, 1000
+MOST_ROWS, MOST_BARS, MOST_PICTURES = 1500, 12, 6
 _MOST_NOTES, _LONGEST_SAMPLE = 200, 4000
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 

@@ -10,18 +10,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What is known of an engine before it runs."""
+
+    name: str
+    module: str
+    """Where its `load` is."""
+    library: str
+    """What that imports: it may not be installed."""
+    packages: tuple[str, ...]
+    """As in pip: the engine's own, then others whose versions a figure needs beside it."""
+    requirement: str
+    """What pip is told to install."""
+    suffix: str = ""
+    """Of the files that it reads; "": it reads checkpoint folders."""
+    runs_as_stored: bool = False
+    """Whether a model runs in the dtype in which it is stored, so that none can be asked for."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Types of the devices that it is timed on."""
+
+
 ENGINES = {
-    "transformers": "tersely.evaluation.engines.transformers",
-    "llama.cpp": "tersely.evaluation.engines.llama_cpp",
-    "vllm": "tersely.evaluation.engines.vllm",
+    facts.name: facts
+    for facts in (
+        EngineFacts(
+            "transformers",
+            "tersely.evaluation.engines.transformers",
+            library="transformers",
+            packages=("transformers", "compressed-tensors"),
+            requirement="transformers",
+        ),
+        EngineFacts(
+            "llama.cpp",
+            "tersely.evaluation.engines.llama_cpp",
+            library="llama_cpp",
+            packages=("llama-cpp-python",),
+            requirement="'tersely[llama-cpp]'",
+            suffix=".gguf",
+            runs_as_stored=True,
+        ),
+        EngineFacts(
+            "vllm",
+            "tersely.evaluation.engines.vllm",
+            library="vllm",
+            packages=("vllm", "compressed-tensors"),
+            requirement="vllm",
+            devices=("cuda",),
+        ),
+    )
 }
-"""Name -> its module."""
-PACKAGES = {
-    "transformers": ("transformers", "compressed-tensors"),
-    "llama.cpp": ("llama-cpp-python",),
-    "vllm": ("vllm", "compressed-tensors"),
-}
-"""Name -> the packages, as in pip, whose versions a figure needs beside it."""
+"""By name; where none is named, the first that reads such a model runs it."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _load(name: str, task: Task) -> tuple[Engine, dict[str, Any]]:
-    module = importlib.import_module(ENGINES[name])
+    module = importlib.import_module(ENGINES[name].module)
     before = resident()[0]
     start = time.perf_counter()
     engine: Engine = module.load(task)
