@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersely.codecs import Encoded, Integers
+from tersely.codecs import Encoded, IntegerForm, Integers
 from tersely.codecs.integer import Clip, check_grid, check_group, fit_grid, pack, round_to_grid, unpack
 from tersely.errors import UsageError
 
@@ -49,7 +49,7 @@ def nearest(
         scale_dtype=weight_OI.dtype,
         importance_I=importance_I,
     )
-    return round_to_grid(weight_OI, scale_OG, zero_OG, bits)
+    return round_to_grid(weight_OI, scale_OG, zero_OG, IntegerForm(bits, group, symmetric))
 
 
 def exactly(part: Integers) -> Tensor:
@@ -119,7 +119,7 @@ def test_what_is_stored_is_read_back_bit_for_bit(
     weight_OI = gaussian(rows, groups * group, seed, dtype)
     part = nearest(weight_OI, bits, group, symmetric=symmetric)
     stored = part.tensors()
-    read = Integers.from_tensors(stored, bits)
+    read = IntegerForm(bits, group, symmetric).read(stored, rows, groups * group, dtype)
     assert same(read, part)
     assert torch.equal(read.decode(), part.decode())
     again = read.tensors()
@@ -173,16 +173,17 @@ def test_decoded_weights_round_to_the_same_codes_on_their_grid(
     bits: int, symmetric: bool, dtype: torch.dtype, seed: int
 ) -> None:
     part = nearest(gaussian(4, 48, seed, dtype), bits, 16, symmetric=symmetric)
-    assert same(round_to_grid(exactly(part).float(), part.scale_OG, part.zero_OG, bits), part)
+    assert same(round_to_grid(exactly(part).float(), part.scale_OG, part.zero_OG, part.form), part)
     if bits < 8 or dtype != torch.bfloat16:  # a reader's bfloat16 product of 8 bits and 8 bits can be a step off
-        again = round_to_grid(part.decode(), part.scale_OG, part.zero_OG, bits)
+        again = round_to_grid(part.decode(), part.scale_OG, part.zero_OG, part.form)
         assert same(again, part)
         assert torch.equal(again.decode(), part.decode())
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_an_asymmetric_grid_that_is_used_from_end_to_end_is_found_again(bits: int) -> None:
-    part = Integers(codes(6, 64, bits, 1), torch.full((6, 2), 0.25), torch.full((6, 2), 1).byte(), bits)
+    form = IntegerForm(bits, 32, False)
+    part = Integers(codes(6, 64, bits, 1), torch.full((6, 2), 0.25), torch.full((6, 2), 1).byte(), form)
     part.codes_OI[:, ::32], part.codes_OI[:, 1::32] = 0, (1 << bits) - 1
     assert same(nearest(part.decode(), bits, 32, symmetric=False), part)
 

@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersely.codecs import Encoded, Integers
+from tersely.codecs import Encoded, Integers, form_from_dict, form_to_dict, read_encoded
 from tersely.codecs.integer import round_to_grid
 from tersely.errors import UsageError
-from tersely.measure import Statistics
+from tersely.measure import MEASURES, Statistics
 from tersely.methods import METHODS, Encode
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
 from tersely.plan.recipe import method_fields
 
-MEASURED = tuple(m for m in METHODS if "gram" in m.needs)
+ON_GRIDS: tuple[type[Encode], ...] = (RTN, GPTQ)
+"""Methods that leave integers on uniform grids and have their settings."""
+MEASURED_ON_GRIDS = tuple(m for m in ON_GRIDS if "gram" in m().needs)
 TOKENS = 512
 
 
@@ -44,8 +46,25 @@ def measured(gram_II: Tensor, tokens: int = TOKENS) -> Statistics:
     return Statistics(len(gram_II), tokens=tokens, gram_II=gram_II)
 
 
+def everything(weight_OI: Tensor, seed: int = 0) -> Statistics:
+    """All that a method can ask for, for this weight."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    columns = weight_OI.shape[1]
+    x_TI = torch.randn((TOKENS, columns), generator=generator) * torch.linspace(0.1, 8, columns)
+    stats = Statistics(columns, needs=frozenset(MEASURES))
+    stats.add(x_TI)
+    stats.fisher_OI = torch.rand(weight_OI.shape, generator=generator)
+    return stats.finish()
+
+
+def fitting(method: type[Encode]) -> Encode:
+    """The method with its defaults, on groups that divide the widths used here."""
+    return method(**({"group": 16} if "group" in method_fields(method) else {}))
+
+
 def part(encoded: Encoded) -> Integers:
     (only,) = encoded.parts
+    assert isinstance(only, Integers)
     return only
 
 
@@ -57,7 +76,7 @@ def weighted_error(weight_OI: Tensor, decoded_OI: Tensor, gram_II: Tensor) -> fl
 def on_grid(weight_OI: Tensor, encoded: Encoded) -> Tensor:
     """Codes of the nearest points of the grid that a method chose."""
     own = part(encoded)
-    return round_to_grid(weight_OI, own.scale_OG, own.zero_OG, own.bits).codes_OI
+    return round_to_grid(weight_OI, own.scale_OG, own.zero_OG, own.form).codes_OI
 
 
 def tokens_of(text: str) -> str:
@@ -76,7 +95,7 @@ def test_methods_are_frozen_dataclasses_with_a_documented_name_and_defaults(meth
         setattr(made, field, getattr(made, field))
     assert tokens_of(method.__doc__ or "")
     assert method.name == method.name.lower()
-    assert method.needs <= {"gram"}
+    assert made.needs <= MEASURES.keys()
 
 
 def test_names_of_methods_are_distinct() -> None:
@@ -86,22 +105,53 @@ def test_names_of_methods_are_distinct() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_inputs_give_equal_bytes_in_the_dtype_of_the_weight(method: type[Encode], dtype: torch.dtype) -> None:
-    weight_OI, gram_II = weights(dtype=dtype), gram_of()
-    kept = weight_OI.clone(), gram_II.clone()
-    first = make(method, group=16)(weight_OI, measured(gram_II))
-    second = make(method, group=16)(weight_OI, measured(gram_II))
+    weight_OI = weights(32, 128, dtype=dtype)
+    stats, kept = everything(weight_OI), weight_OI.clone()
+    first, second = fitting(method)(weight_OI, stats), fitting(method)(weight_OI, everything(weight_OI))
     assert torch.equal(first.decode(), second.decode())
     assert first.decode().dtype == dtype
     assert first.decode().shape == weight_OI.shape
     assert first.tensors().keys() == second.tensors().keys()
     assert all(torch.equal(t, second.tensors()[name]) for name, t in first.tensors().items())
-    assert torch.equal(weight_OI, kept[0])
-    assert torch.equal(gram_II, kept[1])
+    assert torch.equal(weight_OI, kept)
+    for name, value in vars(everything(weight_OI)).items():
+        own = getattr(stats, name)
+        assert torch.equal(own, value) if isinstance(value, Tensor) else own == value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_stored_is_read_back_and_its_bytes_were_said_beforehand(
+    method: type[Encode], dtype: torch.dtype
+) -> None:
+    weight_OI = weights(32, 128, dtype=dtype)
+    made = fitting(method)
+    encoded = made(weight_OI, everything(weight_OI))
+    stored = encoded.tensors()
+    assert len(stored) == sum(len(part.tensors()) for part in encoded.parts), "two parts have a leaf of one name"
+    forms = [form_from_dict(form_to_dict(form)) for form in encoded.forms]
+    assert tuple(forms) == encoded.forms
+    read = read_encoded(forms, stored, 32, 128, dtype)
+    assert torch.equal(read.decode(), encoded.decode())
+    assert {name: t.dtype for name, t in read.tensors().items()} == {name: t.dtype for name, t in stored.items()}
+    assert all(torch.equal(t.view(torch.uint8), stored[name].view(torch.uint8)) for name, t in read.tensors().items())
+    nbytes = sum(t.numel() * t.element_size() for t in stored.values())
+    said = sum(form.nbytes(32, 128, dtype) for form in made.forms(32, 128))
+    assert nbytes <= said <= 1.3 * nbytes + 64
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_of_the_outputs_decodes_to_those_outputs(method: type[Encode]) -> None:
+    weight_OI = weights(32, 128)
+    encoded = fitting(method)(weight_OI, everything(weight_OI))
+    assert torch.equal(encoded.sample(1, 3).decode(), encoded.decode()[1::3])
+    pieces = encoded.split([20, 12])
+    assert torch.equal(torch.cat([piece.decode() for piece in pieces]), encoded.decode())
 
 
 @pytest.mark.parametrize("clip", ["none", "mse"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_GRIDS)
 def test_the_outputs_of_a_weight_are_independent_of_one_another(
     method: type[Encode], symmetric: bool, clip: str
 ) -> None:
@@ -114,7 +164,7 @@ def test_the_outputs_of_a_weight_are_independent_of_one_another(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_GRIDS)
 def test_the_error_falls_as_bits_are_added(method: type[Encode], symmetric: bool) -> None:
     weight_OI, gram_II = weights(32, 128), gram_of(128)
     errors = []
@@ -125,7 +175,7 @@ def test_the_error_falls_as_bits_are_added(method: type[Encode], symmetric: bool
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_GRIDS)
 def test_weights_of_zero_stay_zero(method: type[Encode], symmetric: bool) -> None:
     weight_OI = weights()
     weight_OI[3] = 0
@@ -134,7 +184,7 @@ def test_weights_of_zero_stay_zero(method: type[Encode], symmetric: bool) -> Non
     assert bool(torch.isfinite(decoded).all())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_GRIDS)
 def test_a_group_that_does_not_divide_is_refused_before_anything_is_done(method: type[Encode]) -> None:
     with pytest.raises(UsageError, match="group=100 does not divide 4096; use 64 or 128"):
         make(method, group=100).check(4096)
@@ -146,7 +196,7 @@ def test_a_group_that_does_not_divide_is_refused_before_anything_is_done(method:
     [{"bits": 1}, {"bits": 9}, {"group": -1}, {"clip": "max"}],
     ids=lambda settings: next(iter(settings)),
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_GRIDS)
 def test_settings_that_do_not_exist_are_refused_by_name(method: type[Encode], settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(settings))):
         make(method, **settings)
@@ -154,7 +204,7 @@ def test_settings_that_do_not_exist_are_refused_by_name(method: type[Encode], se
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("method", MEASURED)
+@pytest.mark.parametrize("method", MEASURED_ON_GRIDS)
 def test_with_statistics_the_output_error_is_below_that_of_rounding(
     method: type[Encode], symmetric: bool, bits: int
 ) -> None:
@@ -171,7 +221,7 @@ def test_with_statistics_the_output_error_is_below_that_of_rounding(
     assert own < 0.7 * rounded
 
 
-@pytest.mark.parametrize("method", MEASURED)
+@pytest.mark.parametrize("method", MEASURED_ON_GRIDS)
 def test_without_enough_tokens_a_method_rounds_to_nearest_and_says_so(method: type[Encode]) -> None:
     weight_OI = weights()
     nothing = make(method, group=16, clip="none")(weight_OI, Statistics(64))
@@ -282,7 +332,7 @@ def test_b_without_clip_search_a_diagonal_gram_matrix_gives_what_rtn_gives() -> 
 
 @pytest.mark.parametrize(("outer", "inner"), [(1, 1), (16, 4), (64, 64), (1024, 16)])
 def test_c_the_answer_does_not_depend_on_the_blocking(outer: int, inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tersely.methods.encode.gptq as module
+    import tersely.methods.encode.sweep as module
 
     weight_OI, stats = weights(columns=160), measured(gram_of(160))
     expected = part(GPTQ(bits=3, group=32)(weight_OI, stats)).codes_OI

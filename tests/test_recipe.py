@@ -268,8 +268,8 @@ def test_the_last_step_that_selects_a_weight_takes_it(llama: Graph) -> None:
     recipe = Recipe((Step("linear", RTN(group=16)), Step("attention", RTN(bits=8, group=16))))
     chosen = assign(recipe, llama)
     assert len(chosen) == 14
-    for name, method in chosen.items():
-        assert method == RTN(bits=8 if "self_attn" in name else 4, group=16)
+    for name, step in chosen.items():
+        assert step.method == RTN(bits=8 if "self_attn" in name else 4, group=16)
 
 
 def test_a_pattern_that_selects_nothing_is_refused_by_name(llama: Graph) -> None:

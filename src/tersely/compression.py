@@ -6,6 +6,7 @@ cost; nothing is written. `run` does the job. No method, family or format is kno
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,22 +14,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tersely import __version__
-from tersely.calibrate import micro_batches
-from tersely.encoding import Format, Result, decode, encode, encode_free, require_finite, stored_bytes
-from tersely.graph import Weight
+from tersely.calibrated import calibrated, running
+from tersely.encoding import Format, Result, Source, encode_free, require_finite
+from tersely.graph import read_graph
 from tersely.job import Job, prepare
 from tersely.manifest import files, finished, report
-from tersely.measure import Statistics
-from tersely.plan.cost import SUSPEND_BYTES, micro_batch_tokens, suspended_bytes
 from tersely.plan.recipe import Recipe
 from tersely.results import Report
-from tersely.stream import stream
+from tersely.rotation import rotate
+from tersely.stored import Entry, groups_from_plain, groups_to_plain, leaf_name
+from tersely.stream import Value
 from tersely.writer import Stored, Writer, refuse_existing
 
 Progress = Callable[[str, float], None]
@@ -45,7 +46,7 @@ def compress(
     out: str | Path,
     *,
     calibration: str | Path | None = None,
-    format: Format = "compressed-tensors",
+    format: Format | Literal["auto"] = "auto",
     device: str = "cpu",
     resume: bool = False,
     progress: Progress | None = None,
@@ -54,7 +55,9 @@ def compress(
 
     source: a folder, or a name on the Hugging Face hub. recipe: a preset's name, a TOML file, or a Recipe.
     calibration: a text file (documents separated by `<|endoftext|>` lines, or one long text), for recipes that
-    measure. format: "compressed-tensors", or "dense" for an ordinary checkpoint with the compressed values.
+    measure. format: "compressed-tensors"; "tersely", which holds everything that tersely can do and loads after
+    `import tersely`; "dense" for an ordinary checkpoint with the compressed values; "auto": the first where it can say
+    what was done, else the second.
     device: where the calibration and the encoding run. resume: continue a job that was killed.
 
     Raises the errors of tersely.errors; the source is never touched, and `out` appears only when it is whole.
@@ -73,12 +76,21 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         refuse_existing(job.out.absolute())
     job.cost.check(job.out)
     say = progress or _silent
+    origin = {"source": job.origin.sha256()}
+    free = [change for change in job.recipe.changes if not change.needs]
+    rotated = job.out.with_name(f"{job.out.name}.rotated")
+    if free:
+        say("change of basis", 0.0)
+        made = rotate(
+            job.checkpoint, free, job.recipe.seed, rotated, {**origin, "recipe": job.recipe.to_dict()}, resume
+        )
+        job = replace(job, checkpoint=made, graph=read_graph(made))
     with _workers() as pool:
         # Without data the first blocks are encoded while the source is hashed.
         ahead = _Ahead(pool, job, _groups(job)) if job.data is None and not resume else None
         facts = {
             "tersely": __version__,
-            "source": job.checkpoint.sha256(),
+            **origin,
             "recipe": job.recipe.to_dict(),
             "calibration": None if job.data is None else job.data.sha256,
             "format": job.format,
@@ -100,16 +112,19 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
             written = [writer.facts(unit) for unit in units]
             result = report(job, [row for unit in written for row in unit["rows"]])
             outcome = {name: stored for unit in written for name, stored in unit["outcome"].items()}
-            writer.finish(units, files(job, facts, outcome, result))
+            entries = {n: e for unit in written for n, e in groups_from_plain(unit["groups"], str(job.out)).items()}
+            writer.finish(units, files(job, facts, outcome, entries, result))
         finally:
             writer.close()
+    if free:
+        shutil.rmtree(rotated, ignore_errors=True)
     say("finished", 1.0)
     return replace(result, seconds=time.perf_counter() - start)
 
 
 def _kept(job: Job, writer: Writer) -> list[str]:
     """What lies outside the blocks and stays as it is: copied from file to file, large tensors one by one."""
-    names = [w.name for w in job.graph.unit("") if w.name not in job.methods] + list(job.graph.extra)
+    names = [w.name for w in job.graph.unit("") if w.name not in job.steps] + list(job.graph.extra)
     large = [name for name in names if job.checkpoint.spec(name).nbytes >= _GROUP_BYTES]
     small = [name for name in names if name not in large]
     groups = {f"large-{n:05d}": [name] for n, name in enumerate(large)} | ({"small": small} if small else {})
@@ -120,13 +135,13 @@ def _kept(job: Job, writer: Writer) -> list[str]:
                     require_finite(name, piece)
             specs = {name: job.checkpoint.spec(name) for name in own}
             stored = {name: Stored(job.checkpoint.path / spec.file, spec) for name, spec in specs.items()}
-            writer.put(unit, stored, {"rows": [], "outcome": {name: [name] for name in own}})
+            writer.put(unit, stored, {"rows": [], "groups": [], "outcome": {name: [name] for name in own}})
     return list(groups)
 
 
 def _units(job: Job) -> list[str]:
     """What is encoded, in order: the blocks, and "" for the head if a step selects it."""
-    return [*job.graph.units, *([""] if any(w.name in job.methods for w in job.graph.unit("")) else [])]
+    return [*job.graph.units, *([""] if any(w.name in job.steps for w in job.graph.unit("")) else [])]
 
 
 def _groups(job: Job) -> dict[str, list[str]]:
@@ -140,8 +155,8 @@ def _groups(job: Job) -> dict[str, list[str]]:
         groups[f"blocks-{len(groups) - 1:05d}"].append(unit)
         room -= sum(
             w.spec.nbytes
-            if job.format == "dense" or w.name not in job.methods
-            else stored_bytes(w, job.methods[w.name])
+            if job.format == "dense" or w.name not in job.steps
+            else job.steps[w.name].scheme(w.rows, w.columns).nbytes(w.rows, w.columns, w.spec.dtype)
             for w in job.graph.unit(unit)
         )
     return groups
@@ -152,15 +167,15 @@ def _unmeasured(job: Job, writer: Writer, say: Progress, ahead: _Ahead) -> Itera
     for number, (file, units) in enumerate(groups.items()):
         if not writer.done(file):
             tensors: dict[str, Tensor] = {}
-            rows: list[dict[str, Any]] = []
-            outcome: dict[str, list[str]] = {}
+            facts: dict[str, Any] = {"rows": [], "groups": [], "outcome": {}}
             for place, unit in enumerate(units):
                 say(unit or "head", (number + place / len(units)) / len(groups))
-                more, facts = next(ahead)
+                more, own = next(ahead)
                 tensors |= more
-                rows += facts["rows"]
-                outcome |= facts["outcome"]
-            writer.put(file, tensors, {"rows": rows, "outcome": outcome})
+                facts["rows"] += own["rows"]
+                facts["groups"] += own["groups"]
+                facts["outcome"] |= own["outcome"]
+            writer.put(file, tensors, facts)
         yield file
 
 
@@ -207,62 +222,13 @@ def _alone() -> None:
 
 def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
     """Encode block by block while the calibration text runs through the model, then the head if a step selects it."""
-    assert job.data is not None
-    graph = job.graph
     named = {unit: f"block-{number:05d}" for number, unit in enumerate(_units(job))}
-    plain = not graph.has_experts
-    batches = micro_batches(
-        job.data,
-        tokens=micro_batch_tokens(graph, job.dtype),
-        pad=plain and graph.family.auto_class == "CausalLM",
-    )
-    padded = sum(b.ids_BL.numel() for b in batches)
-    suspend = plain and suspended_bytes(graph, padded, job.dtype) <= SUSPEND_BYTES
-    measured: dict[str, tuple[str, ...]] = {}
-    for unit, file in named.items():
-        needing = {w.stage for w in graph.unit(unit) if w.name in job.methods and job.methods[w.name].needs}
-        if needing and not writer.done(file):
-            measured[unit] = tuple(s for s in graph.stages(unit) if s in needing)
-    results: dict[str, Result] = {}
 
-    def encoded(unit: str, stage: str | None, statistics: Mapping[str, Statistics]) -> Iterator[tuple[Weight, Tensor]]:
-        """Encode what a stage has measured, or (stage None) what needs no data."""
-        weights = [
-            w
-            for w in graph.unit(unit)
-            if w.name in job.methods and (w.stage == stage if job.methods[w.name].needs else stage is None)
-        ]
-        for weight, part, result in encode(job.checkpoint, weights, job.methods, statistics, job.format, job.device):
-            results[weight.name] = result
-            yield weight, part.decode()
+    def finished(unit: str) -> Mapping[str, Value] | None:
+        return _running(job, writer, named[unit], unit) if writer.done(named[unit]) else None
 
-    def replaced(unit: str) -> Mapping[str, Tensor]:
-        """A finished block runs with what was written; of a new one, the weights that need no data come first."""
-        results.clear()
-        if writer.done(named[unit]):
-            return _decoded_unit(job, writer, named[unit], unit)
-        return {weight.name: decoded for weight, decoded in encoded(unit, None, {})}
-
-    total = sum(len(stages) for stages in measured.values())
-    steps = 0
-    if measured:
-        for stop in stream(
-            job.checkpoint,
-            graph,
-            batches,
-            measured=measured,
-            replaced=replaced,
-            dtype=job.dtype,
-            device=job.device,
-            suspend=suspend,
-        ):
-            if stop.stage is not None:
-                say(f"{stop.unit or 'head'} {stop.stage}", steps / total)
-                steps += 1
-                for weight, decoded in encoded(stop.unit, stop.stage, stop.statistics):
-                    stop.replace(weight, decoded)
-            if (stop.stage is None or not stop.unit) and not writer.done(named[stop.unit]):
-                writer.put(named[stop.unit], *_unit(job, stop.unit, results))
+    for unit, results, source in calibrated(job, named, finished, say):
+        writer.put(named[unit], *_unit(job, source, unit, results))
     for unit, file in named.items():
         if not writer.done(file):
             writer.put(file, *_free_unit(job, unit))
@@ -270,12 +236,15 @@ def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
 
 
 def _free_unit(job: Job, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    weights = [w for w in job.graph.unit(unit) if w.name in job.methods]
-    results = {w.name: encode_free(job.checkpoint, w, job.methods[w.name], job.format, job.device) for w in weights}
-    return _unit(job, unit, results)
+    weights = [w for w in job.graph.unit(unit) if w.name in job.steps]
+    source = Source(job.checkpoint)
+    results = {w.name: encode_free(source, w, job.steps[w.name], job.format, job.device) for w in weights}
+    return _unit(job, source, unit, results)
 
 
-def _unit(job: Job, unit: str, results: Mapping[str, Result]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _unit(
+    job: Job, source: Source, unit: str, results: Mapping[str, Result]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What is written of one unit: encoded weights, and all others of a block as they are; and the facts of it."""
     tensors: dict[str, Tensor] = {}
     outcome: dict[str, list[str]] = {}
@@ -283,23 +252,31 @@ def _unit(job: Job, unit: str, results: Mapping[str, Result]) -> tuple[dict[str,
         if weight.name in results:
             stored = results[weight.name].stored
         elif unit:
-            stored = {weight.name: require_finite(weight.name, job.checkpoint[weight.name])}
+            stored = {weight.name: require_finite(weight.name, source[weight.name])}
         else:
             continue
         tensors.update(stored)
         outcome[weight.name] = sorted(stored)
-    rows = [vars(results[w.name].row) for w in job.graph.unit(unit) if w.name in results]
-    return tensors, {"rows": rows, "outcome": outcome}
+    encoded = [w for w in job.graph.unit(unit) if w.name in results]
+    rows = [vars(results[w.name].row) for w in encoded]
+    entries = {w.name: Entry(results[w.name].scheme, w.rows, w.columns, w.spec.dtype, w.transposed) for w in encoded}
+    return tensors, {"rows": rows, "groups": groups_to_plain(entries), "outcome": outcome}
 
 
-def _decoded_unit(job: Job, writer: Writer, name: str, unit: str) -> dict[str, Tensor]:
-    """The weights of a finished unit as they ran when it was made."""
-    tensors = writer.tensors(name)
-    decoded = {}
+def _running(job: Job, writer: Writer, file: str, unit: str) -> dict[str, Value]:
+    """The tensors of a finished unit as they ran when it was made."""
+    tensors = writer.tensors(file)
+    entries = groups_from_plain(writer.facts(file)["groups"], str(job.out))
+    values: dict[str, Value] = {}
     for weight in job.graph.unit(unit):
-        if weight.name in job.methods:
-            decoded[weight.name] = decode(weight, tensors, job.methods[weight.name], job.format)
-    return decoded
+        if job.format == "dense" or weight.name not in entries:
+            value = tensors[weight.name] if weight.name in tensors else job.checkpoint[weight.name]
+            values[weight.name] = Value(value.t() if weight.transposed and weight.kind == "linear" else value)
+            continue
+        prefix, entry = leaf_name(weight.name, ""), entries[weight.name]
+        leaves = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        values[weight.name] = running(entry.read(leaves, weight.name), entry.entrance(leaves))
+    return values
 
 
 def _silent(_what: str, _share: float) -> None:

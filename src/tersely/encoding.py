@@ -9,21 +9,52 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
 from tersely.checkpoint import Checkpoint
-from tersely.codecs import Encoded, Integers
+from tersely.codecs import Encoded, Scheme
+from tersely.codecs.activations import ACTIVATIONS
+from tersely.codecs.entrance import Entrance
 from tersely.errors import CheckpointError
 from tersely.graph import Weight
+from tersely.hadamard import hadamard
 from tersely.measure import Statistics, output_energies
-from tersely.methods import Encode
+from tersely.plan.recipe import Step
 from tersely.results import Row
+from tersely.stored import leaf_name
 
-Format = Literal["compressed-tensors", "dense"]
+Format = Literal["compressed-tensors", "tersely", "dense"]
 _SLAB_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+@final
+class Source(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, with changes laid over some of them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.changed: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.changed[name] if name in self.changed else self.checkpoint[name]
+
+    def slab(self, name: str, start: int, end: int) -> Tensor:
+        """Rows start to end - 1."""
+        return self.changed[name][start:end] if name in self.changed else self.checkpoint.slab(name, start, end)
+
+    def value(self, weight: Weight, step: Step | None, device: torch.device) -> Tensor:
+        """A linear weight (outputs, inputs) in the basis in which a step encodes it."""
+        value_OI = _oriented(weight, self[weight.name]).to(device)
+        return hadamard(value_OI, step.hadamard) if step is not None and step.hadamard else value_OI
 
 
 @dataclass(frozen=True)
@@ -32,13 +63,16 @@ class Result:
 
     stored: Mapping[str, Tensor]
     """What is written, on the CPU, by full name."""
+    scheme: Scheme
     row: Row
+    entrance: Entrance
+    """What its inputs go through when the model runs."""
 
 
 def encode(
-    checkpoint: Checkpoint,
+    source: Source,
     weights: Sequence[Weight],
-    methods: Mapping[str, Encode],
+    steps: Mapping[str, Step],
     statistics: Mapping[str, Statistics],
     format: Format,
     device: torch.device,
@@ -47,80 +81,81 @@ def encode(
 
     def together(weight: Weight) -> tuple[Any, ...]:
         # Without statistics there is nothing to share, and one weight at a time needs less memory.
-        alone = "" if weight.statistics in statistics else weight.name
-        return (weight.statistics, alone, repr(methods[weight.name]), str(weight.spec.dtype))
+        shares = steps[weight.name].method.row_wise and weight.statistics in statistics
+        alone = "" if shares else weight.name
+        return (weight.statistics, alone, repr(steps[weight.name]), str(weight.spec.dtype))
 
     for _, group in groupby(sorted(weights, key=together), key=together):
         stack = list(group)
         stats = statistics.get(stack[0].statistics) or Statistics(stack[0].columns, device)
-        values = [_oriented(w, checkpoint[w.name]).to(device) for w in stack]
-        method = methods[stack[0].name]
-        encoded = method(torch.cat(values) if len(values) > 1 else values[0], stats).split([len(v) for v in values])
-        for weight, value, part in zip(stack, values, encoded, strict=True):
-            stored = _stored(weight, part, format)
-            step = _step(weight)
-            lost, total = output_energies(value[::step], part.sample(0, step).decode(), stats.gram_II)
-            yield (
-                weight,
-                part,
-                Result(stored, _row(weight, method, stored, lost, total, stats.tokens, part.note)),
-            )
+        step = steps[stack[0].name]
+        values = [source.value(w, step, device) for w in stack]
+        encoded = step.method(torch.cat(values) if len(values) > 1 else values[0], stats)
+        pieces = encoded.split([len(v) for v in values]) if len(values) > 1 else [encoded]
+        for weight, value, part in zip(stack, values, pieces, strict=True):
+            yield weight, part, result(weight, step, value, part, stats, format)
 
 
-def encode_free(
-    checkpoint: Checkpoint,
-    weight: Weight,
-    method: Encode,
-    format: Format,
-    device: torch.device,
-) -> Result:
+def result(weight: Weight, step: Step, value_OI: Tensor, encoded: Encoded, stats: Statistics, format: Format) -> Result:
+    """What is written of an encoded weight, and its row of the report."""
+    entrance = _entrance(weight, step, stats)
+    stored = _stored(weight, encoded, entrance, format)
+    every = _step(weight)
+    lost, total = output_energies(value_OI[::every], encoded.sample(0, every).decode(), stats.gram_II)
+    row = _row(weight, step, stored, lost, total, stats.tokens, encoded.note)
+    return Result(stored, _scheme(encoded, step), row, entrance)
+
+
+def encode_free(source: Source, weight: Weight, step: Step, format: Format, device: torch.device) -> Result:
     """Encode a weight with a method that measures nothing, a slab of rows at a time."""
     slab = weight.rows
-    if not weight.transposed:
+    if step.method.row_wise and not weight.transposed:
         # A multiple of 32 rows: packed zero points of two slabs then meet at a word's boundary.
         row_bytes = weight.columns * weight.spec.dtype.itemsize
         slab = max(32, _SLAB_BYTES[device.type] // row_bytes // 32 * 32)
     nothing = Statistics(weight.columns, device)
-    step = _step(weight)
+    entrance = _entrance(weight, step, nothing)
+    every = _step(weight)
     slabs: list[Mapping[str, Tensor]] = []
+    schemes: list[Scheme] = []
     lost = total = 0.0
     note = ""
     for a in range(0, weight.rows, slab):
-        read = (
-            checkpoint[weight.name]
-            if weight.transposed
-            else checkpoint.slab(weight.name, a, min(a + slab, weight.rows))
-        )
+        read = source[weight.name] if slab >= weight.rows else source.slab(weight.name, a, min(a + slab, weight.rows))
         value = _oriented(weight, read).to(device)
-        encoded = method(value, nothing)
-        slabs.append(_stored(weight, encoded, format))
-        start = -a % step
-        energies = output_energies(value[start::step], encoded.sample(start, step).decode(), None)
+        value = hadamard(value, step.hadamard) if step.hadamard else value
+        encoded = step.method(value, nothing)
+        slabs.append(_stored(weight, encoded, entrance, format))
+        schemes.append(_scheme(encoded, step))
+        start = -a % every
+        energies = output_energies(value[start::every], encoded.sample(start, every).decode(), None)
         lost, total, note = lost + energies[0], total + energies[1], encoded.note
+    assert len(set(schemes)) == 1, "a row-wise method leaves one form"
     stored = {name: _joined(name, [s[name] for s in slabs]) for name in slabs[0]}
-    return Result(stored, _row(weight, method, stored, lost, total, 0, note))
+    return Result(stored, schemes[0], _row(weight, step, stored, lost, total, 0, note), entrance)
 
 
-def decode(weight: Weight, tensors: Mapping[str, Tensor], method: Encode, format: Format) -> Tensor:
-    """The weight, (outputs, inputs), that `encode` left in the tensors of a unit, as it ran then."""
-    if format == "dense":
-        return _oriented(weight, tensors[weight.name])
-    prefix = weight.name.removesuffix("weight")
-    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix + "weight_")}
-    return Integers.from_tensors(own, method.bits).decode()
+def _scheme(encoded: Encoded, step: Step) -> Scheme:
+    return Scheme(encoded.forms, step.activations, step.hadamard)
 
 
-def stored_bytes(weight: Weight, method: Encode) -> int:
-    """Bytes of an encoded weight, known before it is encoded."""
-    groups = weight.rows * (weight.columns // method.group if method.group else 1)
-    zeros = 0 if method.symmetric else 4 * -(-weight.rows * method.bits // 32) * (groups // weight.rows)
-    return 4 * weight.rows * -(-weight.columns * method.bits // 32) + groups * weight.spec.dtype.itemsize + zeros + 16
+def _entrance(weight: Weight, step: Step, stats: Statistics) -> Entrance:
+    """What the inputs of a weight go through; a static scale is taken from what was measured."""
+    scale = None
+    if step.activations and (quantizer := ACTIVATIONS[step.activations]).needs:
+        largest = stats.absmax_I if stats.absmax_I is not None else torch.zeros(weight.columns, device=stats.device)
+        scale = quantizer.scale(largest, weight.spec.dtype)
+    return Entrance(step.hadamard, step.activations, scale)
 
 
 def require_finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself; CheckpointError where it holds NaN or Inf."""
     # A sum is much faster than a mask, and finite unless something in it is not (or it overflows).
-    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+    if (
+        tensor.is_floating_point()
+        and not tensor.sum(dtype=torch.float32).isfinite()
+        and not tensor.float().isfinite().all()
+    ):
         raise CheckpointError(f"{name} contains NaN or Inf; the source is damaged, download or train it again")
     return tensor
 
@@ -130,13 +165,14 @@ def _step(weight: Weight) -> int:
     return -(-weight.rows // 256)
 
 
-def _stored(weight: Weight, encoded: Encoded, format: Format) -> dict[str, Tensor]:
+def _stored(weight: Weight, encoded: Encoded, entrance: Entrance, format: Format) -> dict[str, Tensor]:
     if format == "dense":
         # A new dense weight in the source's layout and dtype.
         stored = {weight.name: _oriented(weight, encoded.decode().cpu()).to(weight.spec.dtype).contiguous()}
     else:
-        prefix = weight.name.removesuffix("weight")
-        stored = {f"{prefix}{leaf}": t.cpu() for leaf, t in encoded.tensors().items()}
+        stored = {leaf_name(weight.name, leaf): t.cpu() for leaf, t in encoded.tensors().items()}
+        if entrance.scale is not None:
+            stored[leaf_name(weight.name, ACTIVATIONS[entrance.activations].leaf)] = entrance.scale.cpu()
     for tensor in stored.values():
         require_finite(weight.name, tensor)
     return stored
@@ -152,7 +188,7 @@ def _joined(name: str, slabs: Sequence[Tensor]) -> Tensor:
 
 def _row(
     weight: Weight,
-    method: Encode,
+    step: Step,
     stored: Mapping[str, Tensor],
     lost: float,
     total: float,
@@ -164,7 +200,7 @@ def _row(
         name=weight.name,
         block=weight.block,
         role=weight.role,
-        method=method.name,
+        method=step.method.name,
         parameters=weight.rows * weight.columns,
         bytes_before=weight.spec.nbytes,
         bytes_after=sum(t.numel() * t.element_size() for t in stored.values()),

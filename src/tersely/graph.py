@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from tersely.checkpoint import Checkpoint, TensorSpec
+from tersely.checkpoint import TensorSpec
 from tersely.errors import CheckpointError, UsageError
 from tersely.families import LOOKUPS, Axis, Family, Row, Rows, Sizes, choose_family, numbered, rows_of, words
 
@@ -21,6 +22,20 @@ _ATTENTION = re.compile(r"(cross_)?(q|k|v|attn|k_rope|k_nope)|(q|kv)_latent(_in)
 _ROLES = {"attention": "attention", "mlp": "mlp", "experts": "expert", "router": "router", "head": "head"}
 
 Kind = Literal["linear", "norm", "lookup", "bias"]
+
+
+class Headers(Protocol):
+    """What is read of a checkpoint here: its config, and the shapes of its tensors."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def spec(self, name: str) -> TensorSpec: ...
 
 
 @dataclass(frozen=True)
@@ -236,7 +251,7 @@ class Graph:
         return found
 
 
-def read_graph(checkpoint: Checkpoint) -> Graph:
+def read_graph(checkpoint: Headers) -> Graph:
     """Match every stored tensor to exactly one row of its family's table, from headers alone.
 
     Raises CheckpointError for an unknown family, a tensor that no row (or more than one) claims, a row

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from tersely.calibrate import Sequences, read_text, sequences
 from tersely.checkpoint import Checkpoint, open_checkpoint
-from tersely.encoding import Format, stored_bytes
+from tersely.codecs import Scheme
+from tersely.encoding import Format
 from tersely.errors import CheckpointError, UsageError
 from tersely.export import compressed_tensors
 from tersely.graph import Graph, read_graph
-from tersely.methods import Encode
 from tersely.plan.cost import Cost, estimate
-from tersely.plan.recipe import Recipe, assign, load_recipe
+from tersely.plan.recipe import Recipe, Step, assign, load_recipe, spaces
+from tersely.rebase import check_rebase
+from tersely.rotation import places, planned, reader_columns, trial
 from tersely.runtime import find_device, load_tokenizer
 
 
@@ -24,11 +27,14 @@ from tersely.runtime import find_device, load_tokenizer
 class Job:
     """A checked job: what will be done, to what, with what, at which cost."""
 
+    origin: Checkpoint
+    """As it was given."""
     checkpoint: Checkpoint
+    """What is encoded: the origin, or the same model in another basis."""
     graph: Graph
     recipe: Recipe
-    methods: Mapping[str, Encode]
-    """Stored name -> method."""
+    steps: Mapping[str, Step]
+    """Stored name -> what is done to it."""
     calibration: str | None
     data: Sequences | None
     out: Path
@@ -45,7 +51,7 @@ def prepare(
     out: str | Path,
     *,
     calibration: str | Path | None = None,
-    format: Format = "compressed-tensors",
+    format: Format | Literal["auto"] = "auto",
     device: str = "cpu",
 ) -> Job:
     """Check everything that can be checked before work begins, and estimate the cost; writes nothing."""
@@ -57,11 +63,12 @@ def prepare(
         method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
         raise CheckpointError(f"{checkpoint.path} is quantized already ({method}); start from the original checkpoint")
     graph = read_graph(checkpoint)
-    methods = assign(recipe, graph)
-    if format == "compressed-tensors":
-        compressed_tensors.check(graph, methods)
-    elif format != "dense":
-        raise UsageError(f"format={format!r}: expected 'compressed-tensors' or 'dense'")
+    free = [change for change in recipe.changes if not change.needs]
+    graph = read_graph(planned(checkpoint, graph, free)) if free else graph
+    _check_changes(checkpoint, graph, recipe)
+    steps = assign(recipe, graph)
+    schemes = {n: step.scheme(graph.weight(n).rows, graph.weight(n).columns) for n, step in steps.items()}
+    chosen = _format(format, graph, schemes)
     dtype = _compute_dtype(graph, where)
     data = None
     if recipe.needs:
@@ -87,33 +94,70 @@ def prepare(
         )
     cost = estimate(
         graph,
-        methods,
+        steps,
         tokens=data.tokens if data else 0,
-        output=_output_bytes(checkpoint, graph, methods, format),
+        output=_output_bytes(checkpoint, graph, schemes, chosen),
         out=Path(out),
         dtype=dtype,
         device=where,
     )
     return Job(
         checkpoint,
+        checkpoint,
         graph,
         recipe,
-        methods,
+        steps,
         None if calibration is None else Path(calibration).name,
         data,
         Path(out),
-        format,
+        chosen,
         where,
         dtype,
         cost,
     )
 
 
-def _output_bytes(checkpoint: Checkpoint, graph: Graph, methods: Mapping[str, Encode], format: Format) -> int:
+def _check_changes(checkpoint: Checkpoint, graph: Graph, recipe: Recipe) -> None:
+    """UsageError for a change of basis that would change what the model computes."""
+    for change in recipe.changes:
+        for space in spaces(change, graph):
+            try:
+                change.method.check(reader_columns(graph, space))
+            except UsageError as error:
+                raise UsageError(f"{error} ({space})") from error
+            for unit, expert in places(graph, space, change):
+                basis = trial(change, graph, space)
+                check_rebase(graph, checkpoint, space, basis, unit=unit, expert=expert)
+
+
+def _format(asked: str, graph: Graph, schemes: Mapping[str, Scheme]) -> Format:
+    """The format that was asked for, if it can say what will be done; "auto": the standard one, else tersely's own."""
+    if asked == "tersely":
+        return "tersely"
+    if asked == "dense":
+        for name, scheme in schemes.items():
+            if scheme.activations or scheme.hadamard:
+                what = f"activations={scheme.activations!r}" if scheme.activations else f"hadamard={scheme.hadamard}"
+                raise UsageError(f"{name}: {what} is work for when the model runs, which --format dense cannot say")
+        return "dense"
+    if asked not in ("auto", "compressed-tensors"):
+        raise UsageError(f"format={asked!r}: expected 'auto', 'compressed-tensors', 'tersely' or 'dense'")
+    try:
+        compressed_tensors.check(graph, schemes)
+    except UsageError:
+        if asked == "auto":
+            return "tersely"
+        raise
+    return "compressed-tensors"
+
+
+def _output_bytes(checkpoint: Checkpoint, graph: Graph, schemes: Mapping[str, Scheme], format: Format) -> int:
     total = sum(checkpoint.spec(n).nbytes for n in checkpoint)
     if format == "dense":
         return total
-    return total - sum(graph.weight(n).spec.nbytes - stored_bytes(graph.weight(n), m) for n, m in methods.items())
+    weights = {n: graph.weight(n) for n in schemes}
+    saved = (w.spec.nbytes - schemes[n].nbytes(w.rows, w.columns, w.spec.dtype) for n, w in weights.items())
+    return total - sum(saved)
 
 
 def _compute_dtype(graph: Graph, device: torch.device) -> torch.dtype:

@@ -19,17 +19,29 @@ from tersely.export import compressed_tensors
 from tersely.job import Job
 from tersely.report.page import Dossier, render
 from tersely.results import Report, Row
+from tersely.stored import QUANT_METHOD, Entry, groups_to_plain
 from tersely.writer import FileContent, clear_work, differences
 
 
 def files(
-    job: Job, facts: Mapping[str, Any], outcome: Mapping[str, Sequence[str]], report: Report
+    job: Job,
+    facts: Mapping[str, Any],
+    outcome: Mapping[str, Sequence[str]],
+    entries: Mapping[str, Entry],
+    report: Report,
 ) -> dict[str, FileContent]:
-    """Name -> content of every file beside the weights; `outcome`: source tensor -> what stands for it."""
+    """Name -> content of every file beside the weights.
+
+    outcome: source tensor -> what stands for it; entries: how each encoded weight is stored.
+    """
     config = dict(job.checkpoint.config)
+    groups = groups_to_plain(entries)
     if job.format == "compressed-tensors":
-        config["quantization_config"] = compressed_tensors.quantization_config(job.graph, job.methods)
-    if job.graph.tied and any(job.graph.weight(n).role == "head" for n in job.methods):
+        schemes = {name: entry.scheme for name, entry in entries.items()}
+        config["quantization_config"] = compressed_tensors.quantization_config(job.graph, schemes)
+    elif job.format == "tersely":
+        config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": __version__, "groups": groups}
+    if job.graph.tied and any(job.graph.weight(n).role == "head" for n in job.steps):
         config["tie_word_embeddings"] = False
     manifest: dict[str, Any] = {
         "tersely": __version__,
@@ -41,11 +53,12 @@ def files(
         "seed": job.recipe.seed,
         "data": report.calibration,
         "tensors": dict(outcome),
-        "left_behind": list(job.checkpoint.left_behind),
+        **({"groups": groups} if job.format == "compressed-tensors" else {}),
+        "left_behind": list(job.origin.left_behind),
     }
     carried = {
-        name: job.checkpoint.path / name
-        for name in job.checkpoint.companions
+        name: job.origin.path / name
+        for name in job.origin.companions
         if name not in ("recipe.toml", "report.json", "report.html", "manifest.json")
     }
 
@@ -65,9 +78,8 @@ def files(
 def report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
     """What was done, from the facts of all units."""
     rows = tuple(Row(**row) for row in plain)
-    before = sum(job.checkpoint.spec(n).nbytes for n in job.checkpoint)
-    after = before - sum(r.bytes_before - r.bytes_after for r in rows)
-    parameters = sum(job.checkpoint.spec(n).nbytes // job.checkpoint.spec(n).dtype.itemsize for n in job.checkpoint)
+    before, parameters = job.origin.nbytes, job.origin.parameters
+    after = job.checkpoint.nbytes - sum(r.bytes_before - r.bytes_after for r in rows)
     data = None
     if job.data is not None:
         data = {
@@ -83,7 +95,7 @@ def report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
             noted.setdefault((row.block, row.note), []).append(row.name.removesuffix(".weight"))
     notes = [f"{', '.join(names)}: {note}" for (_, note), names in noted.items()]
     notes += [f"{n} is stored but not read by the model; carried over" for n in job.graph.extra]
-    notes += [f"{n} was left behind" for n in job.checkpoint.left_behind]
+    notes += [f"{n} was left behind" for n in job.origin.left_behind]
     return Report(
         source=_name(job),
         out=str(job.out),
@@ -135,7 +147,7 @@ def _page(report: Report, versions: Mapping[str, str]) -> bytes:
 
 def _name(job: Job) -> str:
     """The hub name, or the folder's own name: a path would differ from machine to machine."""
-    return Path(job.checkpoint.source).resolve().name if Path(job.checkpoint.source).exists() else job.checkpoint.source
+    return Path(job.origin.source).resolve().name if Path(job.origin.source).exists() else job.origin.source
 
 
 def _json(value: Any) -> bytes:

@@ -19,7 +19,7 @@ Shapes: N coordinates, K kept ones, H heads of D coordinates each, O outputs, I 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,7 @@ def rebase(
     *,
     unit: str = "",
     expert: int | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """The stored tensors that change when `space` gets a new basis, in their stored precision and layout.
 
@@ -70,16 +71,19 @@ def rebase(
     mixes (v, attn) a basis is inside a head: of the size of one head, for all heads; or an Index or Diagonal
     of the size of v, for each key/value head in turn (query heads that share it get the same).
 
+    `only`: of these tensors, so that a space that runs through the model can be changed a few at a time.
     An Index that drops coordinates changes shapes; the config is the caller's to change.
 
     Raises UsageError, with the space and the reason, where the change would not leave the function alone.
     """
     scope = _scope(graph, space, basis, unit, expert)
     weights = _weights(graph, scope, unit, expert)
-    _refuse(graph, tensors, space, basis, scope, weights)
+    _refuse(graph, tensors, space, basis, scope, weights, only)
     bases = _bases(graph, space, basis, scope)
     changed: dict[str, Tensor] = {}
     for weight in weights:
+        if only is not None and weight.name not in only:
+            continue
         old = tensors[weight.name]
         new = old
         for dim, axis, reads in _axes(weight):
@@ -90,20 +94,35 @@ def rebase(
     return changed
 
 
-def fold_norms(graph: Graph, tensors: Mapping[str, Tensor], space: str = "residual") -> dict[str, Tensor]:
+def check_rebase(
+    graph: Graph, tensors: Mapping[str, Tensor], space: str, basis: Basis, *, unit: str = "", expert: int | None = None
+) -> None:
+    """What `rebase` would raise, without reading a matrix. An Orthogonal one passes where norms could yet be folded."""
+    scope = _scope(graph, space, basis, unit, expert)
+    _refuse(graph, tensors, space, basis, scope, _weights(graph, scope, unit, expert), only=())
+    if not isinstance(basis, Orthogonal):  # whose own check is a product of matrices
+        _bases(graph, space, basis, scope)
+
+
+def fold_norms(
+    graph: Graph, tensors: Mapping[str, Tensor], space: str = "residual", *, only: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """The stored tensors that change when the gain of each norm that reads `space` goes into its readers.
 
     weight (O, I) -> weight * gain_I, gain -> 1, norm bias -> bias / gain: what a rotation of the space needs
     first. A norm that writes a space which others write too (Gemma's after attention) cannot be folded and
     stays; `rebase` then says so.
 
-    Raises UsageError where a gain cannot go into a head tied to the embedding, or is zero with a bias.
+    `only`: of these tensors, whole units of them, so that a model can be changed a few units at a time. Raises
+    UsageError where a gain cannot go into a head tied to the embedding, or is zero with a bias.
     """
     _known(graph, space)
     changed: dict[str, Tensor] = {}
     group = _same_coordinates(graph, space)
     for norm in graph.weights:
         if norm.kind != "norm" or norm.reads.spaces[0] not in group or not _foldable(graph, norm):
+            continue
+        if only is not None and norm.name not in only:
             continue
         target = norm.writes.spaces[0]
         if graph.tied and target == graph.head_space:
@@ -189,9 +208,10 @@ def _refuse(
     space: str,
     basis: Basis,
     scope: frozenset[str],
-    weights: Iterable[Weight],
+    weights: Sequence[Weight],
+    only: Collection[str] | None,
 ) -> None:
-    """Raise UsageError where the change of basis would change the function."""
+    """Raise UsageError where the change of basis would change the function; gains of norms are read of `only` these."""
     readers = [w for w in weights if w.kind != "bias" and scope & set(w.reads.spaces)]
     norms = [w for w in weights if w.kind == "norm"]
     acts = [w for w in weights if any(p.act and p.space in scope for p in w.writes.parts)]
@@ -233,6 +253,8 @@ def _refuse(
                 "a rotation that maps the all-ones vector to plus or minus itself passes it"
             )
         for norm in norms:
+            if only is not None and norm.name not in only:
+                continue
             gain = tensors[norm.name].float() + graph.family.norm_offset
             if not bool((gain == 1).all()):
                 raise UsageError(f"{space}: the gain of {norm.name} is not folded into its readers; fold_norms first")

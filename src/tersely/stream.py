@@ -36,6 +36,11 @@ from tersely.graph import Graph, Weight
 from tersely.measure import Statistics
 
 _TRIM_BYTES = 32 << 20
+SURVEY = "survey"
+"""The stage before all others, where what was asked of a whole block is known and nothing in it has changed."""
+
+Measured = Mapping[str, frozenset[str]]
+"""Stage -> what is gathered of its activations (MEASURES)."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,19 @@ class Stop:
     stage: str | None
     statistics: Mapping[str, Statistics]
     """By the name of the activations (Weight.statistics)."""
-    replace: Callable[[Weight, Tensor], None]
-    """Put a decoded weight, (outputs, inputs), into the running model."""
+    replace: Callable[[Weight, Value], None]
+    """Put another tensor into the running model."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor as it runs; linear weights as (outputs, inputs)."""
+
+    tensor: Tensor
+    rounded: Callable[[Tensor], Tensor] | None = None
+    """What its inputs, (..., I), are rounded to."""
+    full: Tensor | None = None
+    """A share of it that meets the inputs before they are rounded."""
 
 
 class _CancelledError(BaseException):
@@ -97,12 +113,14 @@ class _Watched:
     """What is gathered in a block: the inputs of the weights of these stages.
 
     With `awaited` the forward ends when all of these statistics have been seen; without, the flow pauses before the
-    first weight of each stage.
+    first weight of each stage, unless it is told not to.
     """
 
     unit: str
     stages: frozenset[str]
     awaited: frozenset[str] | None = None
+    pauses: bool = True
+    """Whether the flow waits at each stage."""
     seen: set[str] = field(default_factory=set)
 
 
@@ -111,30 +129,37 @@ def stream(
     graph: Graph,
     batches: Sequence[MicroBatch],
     *,
-    measured: Mapping[str, Sequence[str]],
-    replaced: Callable[[str], Mapping[str, Tensor]],
+    measured: Mapping[str, Measured],
+    replaced: Callable[[str], Mapping[str, Value]],
     dtype: torch.dtype,
     device: torch.device,
     suspend: bool,
+    surveyed: Mapping[str, Measured] | None = None,
+    transformed: Callable[[Weight, Tensor], Tensor] | None = None,
     logits: list[Tensor] | None = None,
 ) -> Iterator[Stop]:
     """Run all micro-batches through the model, block by block.
 
-    `measured`: unit -> stages before which to stop with complete statistics ("" -> ("head_in",) for the head).
-    `replaced`: called when a block is paged in: stored name -> weight, (outputs, inputs), to use instead of the
-    stored one. `suspend`: wait inside the blocks (not with experts, whose statistics are complete only at the end
+    `measured`: unit -> stages before which to stop with complete statistics, and what they are ("" -> "head_in" for
+    the head). `surveyed`: the same of blocks that run once beforehand, with nothing in them changed; then there is one
+    stop at the stage SURVEY. `transformed`: what the inputs of a weight always go through. Statistics are of what has
+    gone through it. `replaced`: called when a block is paged in: stored name -> what to use instead of the stored
+    tensor. `suspend`: wait inside the blocks (not with experts, whose statistics are complete only at the end
     of a block), or repeat them. `logits`: a list that receives the logits of each micro-batch; without it the run
     ends behind the last block (or the head's statistics).
 
     Yields a Stop before each measured stage and behind each block. CheckpointError where the model has a
     parameter that the checkpoint does not give.
     """
-    paged = _Paged(checkpoint, graph, measured, dtype, device, suspend)
+    paged = _Paged(checkpoint, graph, measured, surveyed or {}, transformed, dtype, device, suspend)
     flows = [_Flow(batch, paged.run) for batch in batches]
     try:
         for unit in graph.units:
             paged.meet(flows, unit, "enter")
             paged.page_in(unit, replaced(unit))
+            if unit in paged.surveyed:
+                paged.meet(flows, unit, SURVEY)
+                yield Stop(unit, SURVEY, paged.take(), paged.replace)
             for stage in measured.get(unit, ()):
                 paged.meet(flows, unit, stage)
                 yield Stop(unit, stage, paged.take(), paged.replace)
@@ -163,12 +188,17 @@ class _Paged:
         self,
         checkpoint: Checkpoint,
         graph: Graph,
-        measured: Mapping[str, Sequence[str]],
+        measured: Mapping[str, Measured],
+        surveyed: Mapping[str, Measured],
+        transformed: Callable[[Weight, Tensor], Tensor] | None,
         dtype: torch.dtype,
         device: torch.device,
         suspend: bool,
     ) -> None:
-        self.checkpoint, self.graph, self.measured = checkpoint, graph, measured
+        self.checkpoint, self.graph, self.measured, self.surveyed = checkpoint, graph, measured, surveyed
+        self.transformed = transformed
+        self.values: dict[str, Value] = {}
+        """Stored name of a weight that has been replaced -> its value, if its inputs are rounded."""
         self.dtype, self.device, self.suspend = dtype, device, suspend
         self.model = build(checkpoint, graph, dtype, device)
         self.flow: _Flow | None = None
@@ -176,7 +206,7 @@ class _Paged:
         self.with_head = False
         self.sites: dict[int, tuple[Weight, ...]] = {}
         """Address of a weight in memory -> the stored weights that lie there."""
-        self.places: dict[str, tuple[nn.Parameter, int | None, int]] = {}
+        self.places: dict[str, tuple[Tensor, int | None, int]] = {}
         self.statistics: dict[str, Statistics] = {}
         self.block_bytes = max(sum(w.spec.nbytes for w in graph.unit(unit)) for unit in graph.units)
         self.lookups: dict[int, Weight] = {}
@@ -211,7 +241,7 @@ class _Paged:
         self._trim()
         return {name: statistics.finish() for name, statistics in taken.items()}
 
-    def page_in(self, unit: str, replaced: Mapping[str, Tensor]) -> None:
+    def page_in(self, unit: str, replaced: Mapping[str, Value]) -> None:
         block = self.model.get_submodule(unit)
         pieces = self.graph.parameters(unit)
         parameters = dict(block.named_parameters())
@@ -236,21 +266,22 @@ class _Paged:
             for piece in pieces[name]:
                 slot = value if piece.index is None else value[piece.index]
                 target = slot if slot.ndim == 0 else slot[piece.start : piece.start + piece.rows]
-                source = replaced.get(piece.weight.name)
-                if source is None:
+                other = replaced.get(piece.weight.name)
+                if other is None:
                     source = self.checkpoint[piece.weight.name]
-                elif piece.weight.transposed:
-                    source = source.t()
+                else:
+                    source = other.tensor.t() if piece.weight.transposed else other.tensor
+                    self._keep(piece.weight, other)
                 if target.shape != source.shape:
                     raise CheckpointError(
                         f"{self.checkpoint.path}: {piece.weight.name} has shape {list(source.shape)}, but "
                         f"the model built from config.json expects {list(target.shape)}"
                     )
                 target.copy_(source)
+                self.places[piece.weight.name] = (block.get_parameter(name), piece.index, piece.start)
                 if piece.weight.kind == "linear":
                     key = slot.data_ptr()
                     self.sites[key] = (*self.sites.get(key, ()), piece.weight)
-                    self.places[piece.weight.name] = (block.get_parameter(name), piece.index, piece.start)
 
     def _dtype_of(self, name: str) -> torch.dtype:
         """Transformers keeps some weights of some models in float32."""
@@ -261,19 +292,26 @@ class _Paged:
         block = self.model.get_submodule(unit)
         self.sites.clear()
         self.places.clear()
+        self.values.clear()
         for name, parameter in dict(block.named_parameters()).items():
             _set(block, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
         self._trim()
 
-    def replace(self, weight: Weight, decoded_OI: Tensor) -> None:
+    def replace(self, weight: Weight, value: Value) -> None:
         if weight.name not in self.places:
             return
         parameter, index, start = self.places[weight.name]
-        stored = decoded_OI.t() if weight.transposed else decoded_OI
+        stored = value.tensor.t() if weight.transposed else value.tensor
         slot = parameter.data if index is None else parameter.data[index]
-        slot[start : start + stored.shape[0]].copy_(stored)
+        target = slot if slot.ndim == 0 else slot[start : start + stored.shape[0]]
+        target.copy_(stored)
+        self._keep(weight, value)
 
-    def observe(self, weights: Sequence[Weight], x: Tensor) -> None:
+    def _keep(self, weight: Weight, value: Value) -> None:
+        if value.rounded is not None:
+            self.values[weight.name] = value
+
+    def observe(self, weights: Sequence[Weight], x: Tensor, needs: frozenset[str]) -> None:
         """Add the input of a weight to the statistics of its activations; padded positions are left out."""
         assert self.flow is not None
         keep = self.flow.batch.keep_BL
@@ -284,7 +322,7 @@ class _Paged:
             tokens = tokens[keep.reshape(-1).to(tokens.device)]
         name = weights[0].statistics
         if name not in self.statistics:
-            self.statistics[name] = Statistics(weights[0].columns, self.device)
+            self.statistics[name] = Statistics(weights[0].columns, self.device, needs)
         self.statistics[name].add(tokens)
 
     def lookup(self, ids: Tensor, weight: Weight) -> Tensor:
@@ -339,6 +377,11 @@ class _Paged:
             flow = self.flow
             assert flow is not None
             flow.pause(unit, "enter")
+            if unit in self.surveyed:
+                flow.watched = _Watched(unit, frozenset(self.surveyed[unit]), pauses=False)
+                own(*args, **kwargs)
+                flow.watched = None
+                flow.pause(unit, SURVEY)
             if self.suspend:
                 flow.watched = _Watched(unit, frozenset(stages))
                 output = own(*args, **kwargs)
@@ -374,31 +417,55 @@ class _Watch(TorchFunctionMode):
         if func is linear:
             if (weight := self.paged.lookups.get(id(args[1]))) is not None:
                 return func(args[0], self._head(args[0], weight), *args[2:], **kwargs)
-            self._see(args[1], args[0])
-        elif func is torch.addmm:
-            self._see(args[2], args[1])
+            x, rest = self._met(args[1], args[0])
+            return rest(func(x, *args[1:], **kwargs))
+        if func is torch.addmm:
+            x, rest = self._met(args[2], args[1])
+            return rest(func(args[0], x, *args[2:], **kwargs))
         return func(*args, **kwargs)
 
     def _head(self, x: Tensor, weight: Weight) -> Tensor:
-        for stage in self.paged.measured.get("", ()):
-            self.paged.observe((weight,), x)
+        for stage, needs in self.paged.measured.get("", {}).items():
+            self.paged.observe((weight,), x, needs)
             self._pause("", stage)
         if not self.paged.with_head:
             raise _CancelledError
         return self.paged.checkpoint[weight.name].to(device=self.paged.device, dtype=self.paged.dtype)
 
-    def _see(self, parameter: Tensor, x: Tensor) -> None:
+    def _met(self, parameter: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What a weight multiplies, given what comes to it, and what is then done with the product; seen on the way."""
+        weights = self.paged.sites.get(parameter.data_ptr())
+        if weights is None:
+            return x, _as_it_is
+        if self.paged.transformed is not None:
+            x = self.paged.transformed(weights[0], x)
+        self._see(weights, x)
+        # After the pause: the weight may have been replaced in it.
+        values = [self.paged.values.get(weight.name) for weight in weights]
+        if (first := values[0]) is None or first.rounded is None:
+            return x, _as_it_is
+        rounded = first.rounded(x)
+        if all(value is None or value.full is None for value in values):
+            return rounded, _as_it_is
+        full_OI = torch.cat(
+            [
+                x.new_zeros(weight.rows, weight.columns) if value is None or value.full is None else value.full
+                for weight, value in zip(weights, values, strict=True)
+            ]
+        )
+        return rounded, lambda y: y + (x - rounded) @ full_OI.t()
+
+    def _see(self, weights: Sequence[Weight], x: Tensor) -> None:
         flow = self.paged.flow
         watched = flow.watched if flow is not None else None
-        if watched is None or (weights := self.paged.sites.get(parameter.data_ptr())) is None:
-            return
-        if weights[0].stage not in watched.stages or weights[0].statistics in watched.seen:
+        if watched is None or weights[0].stage not in watched.stages or weights[0].statistics in watched.seen:
             return
         watched.seen.add(weights[0].statistics)
-        self.paged.observe(weights, x)
-        if watched.awaited is None:
+        measured = self.paged.measured if watched.pauses else self.paged.surveyed
+        self.paged.observe(weights, x, measured[watched.unit][weights[0].stage])
+        if watched.awaited is None and watched.pauses:
             self._pause(watched.unit, weights[0].stage)
-        elif watched.seen == watched.awaited:
+        elif watched.awaited is not None and watched.awaited <= watched.seen:
             raise _SeenError
 
     def _pause(self, unit: str, place: str) -> None:
@@ -406,6 +473,10 @@ class _Watch(TorchFunctionMode):
         with self:
             assert self.paged.flow is not None
             self.paged.flow.pause(unit, place)
+
+
+def _as_it_is(y: Tensor) -> Tensor:
+    return y
 
 
 def build(checkpoint: Checkpoint, graph: Graph, dtype: torch.dtype, device: torch.device) -> Any:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tersely.calibrate import MicroBatch
 from tersely.checkpoint import Checkpoint, open_checkpoint
-from tersely.codecs import Integers
 from tersely.compression import compress
 from tersely.encoding import Format
 from tersely.errors import UsageError
@@ -22,6 +21,7 @@ from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
 from tersely.plan.recipe import Calibration, Recipe, Step, assign
 from tersely.results import Report
+from tersely.stored import open_stored
 from tersely.stream import Stop, stream
 from tersely.verify import verify
 from tests.plain import logits_of, write_changed
@@ -73,21 +73,19 @@ def format_of(model_type: str) -> Format:
 
 def decoded(checkpoint: Checkpoint, graph: Graph, out: Path, recipe: Recipe) -> dict[str, Tensor]:
     """All tensors of the source, those that were encoded as the written integers decode to."""
-    written, tensors = open_checkpoint(out), dict(checkpoint)
-    for name, method in assign(recipe, graph).items():
-        prefix = name.removesuffix("weight")
-        own = {k.removeprefix(prefix): written[k] for k in written if k.startswith(f"{prefix}weight_")}
-        tensors[name] = Integers.from_tensors(own, method.bits).decode()
-    return tensors
+    stored = open_stored(out)
+    assert set(stored) == set(checkpoint)
+    assert set(stored.entries) == set(assign(recipe, graph))
+    return dict(stored)
 
 
 def rounded(checkpoint: Checkpoint, graph: Graph, recipe: Recipe) -> dict[str, Tensor]:
     """All tensors of the source, those that a data-free recipe selects encoded and decoded by the method alone."""
     tensors = dict(checkpoint)
-    for name, method in assign(recipe, graph).items():
+    for name, step in assign(recipe, graph).items():
         weight = graph.weight(name)
         value_OI = tensors[name].t() if weight.transposed else tensors[name]
-        decoded_OI = method(value_OI.contiguous(), Statistics(weight.columns)).decode()
+        decoded_OI = step.method(value_OI.contiguous(), Statistics(weight.columns)).decode()
         tensors[name] = decoded_OI.t() if weight.transposed else decoded_OI
     return tensors
 
@@ -191,7 +189,7 @@ def test_a_format_that_cannot_hold_a_family_is_refused_before_anything_is_writte
     model_type: str, source: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"stored as \(inputs, outputs\).*--format dense"):
-        compress(source(model_type), FREE["4 bits"], tmp_path / "out")
+        compress(source(model_type), FREE["4 bits"], tmp_path / "out", format="compressed-tensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -216,7 +214,7 @@ def test_what_transformers_cannot_load_is_refused_with_the_way_out(
 ) -> None:
     recipe = Recipe(tuple(Step(where, RTN(**{"group": 16, **settings})) for where, settings in steps))
     with pytest.raises(UsageError, match=rf"{named}.*--format dense"):
-        compress(source(model_type), recipe, tmp_path / "out")
+        compress(source(model_type), recipe, tmp_path / "out", format="compressed-tensors")
     assert not list(tmp_path.iterdir())
     compress(source(model_type), recipe, tmp_path / "out", format="dense")
     assert forward(tmp_path / "out").isfinite().all()

@@ -17,7 +17,7 @@ from tersely.errors import CheckpointError
 from tersely.graph import Graph, read_graph
 from tersely.measure import Statistics
 from tersely.methods.encode.rtn import RTN
-from tersely.stream import Stop, stream
+from tersely.stream import SURVEY, Stop, Value, stream
 from tests.plain import arguments, logits_of, write_changed
 from tests.tiny import FAMILIES, load, tiny
 
@@ -50,6 +50,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
     return get
 
 
+GRAM = frozenset({"gram"})
+
+
 def batches(graph: Graph, *, pad: bool | None = None) -> tuple[MicroBatch, ...]:
     generator = torch.Generator().manual_seed(7)
     ids = tuple(torch.randint(3, 60, (n,), generator=generator) for n in LENGTHS)
@@ -71,13 +74,17 @@ def run(
         checkpoint,
         graph,
         batches(graph) if data is None else data,
-        measured={} if measured is None else measured,
+        measured={unit: dict.fromkeys(stages, GRAM) for unit, stages in (measured or {}).items()},
         replaced=lambda _: {},
         dtype=dtype,
         device=CPU,
         suspend=not graph.has_experts if suspend is None else suspend,
         logits=logits,
     )
+
+
+def survey(graph: Graph) -> dict[str, dict[str, frozenset[str]]]:
+    return {unit: dict.fromkeys(graph.stages(unit), frozenset({"gram", "absmax"})) for unit in graph.units}
 
 
 def everything(graph: Graph) -> dict[str, tuple[str, ...]]:
@@ -115,6 +122,40 @@ def hooked(path: Path, graph: Graph, data: Sequence[MicroBatch]) -> dict[tuple[s
         current.append(batch)
         model(**arguments(model, batch))
     return {key: torch.cat(parts) for key, parts in seen.items()}
+
+
+# A survey
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "t5"])
+def test_a_survey_sees_what_enters_the_layers_of_a_block_and_changes_nothing(
+    model_type: str, source: Callable[[str], Source]
+) -> None:
+    checkpoint, graph = source(model_type)
+    plain: list[Tensor] = []
+    list(run((checkpoint, graph), logits=plain))
+    logits: list[Tensor] = []
+    seen: dict[tuple[str, str], Tensor] = {}
+    for stop in stream(
+        checkpoint,
+        graph,
+        data := batches(graph),
+        measured={},
+        surveyed=survey(graph),
+        replaced=lambda _: {},
+        dtype=torch.float32,
+        device=CPU,
+        suspend=not graph.has_experts,
+        logits=logits,
+    ):
+        if stop.stage == SURVEY:
+            for name, statistics in stop.statistics.items():
+                assert statistics.absmax_I is not None
+                seen[stop.unit, name] = statistics.absmax_I
+    assert all(torch.equal(one, other) for one, other in zip(plain, logits, strict=True))
+    expected = hooked(checkpoint.path, graph, data)
+    for place, tokens in expected.items():
+        torch.testing.assert_close(seen[place], tokens.abs().amax(0))
 
 
 # The forward
@@ -186,7 +227,7 @@ def rounded(source: Source, stop: Stop) -> dict[str, Tensor]:
             stored = checkpoint[weight.name]
             value_OI = stored.t() if weight.transposed else stored
             decoded_OI = RTN(bits=3, group=0)(value_OI, Statistics(weight.columns)).decode()
-            stop.replace(weight, decoded_OI)
+            stop.replace(weight, Value(decoded_OI))
             replaced[weight.name] = (decoded_OI.t() if weight.transposed else decoded_OI).contiguous()
     return replaced
 
@@ -384,7 +425,7 @@ def test_a_tensor_of_another_shape_than_the_model_s_is_refused(tmp_path: Path) -
         graph,
         batches(graph),
         measured={},
-        replaced=lambda _: {weight.name: torch.zeros(3, 3)},
+        replaced=lambda _: {weight.name: Value(torch.zeros(3, 3))},
         dtype=torch.float32,
         device=CPU,
         suspend=True,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,42 @@ _SEARCH_CHUNK = 1 << 19
 
 
 @dataclass(frozen=True)
+class IntegerForm:
+    """Integer codes on a grid; group 0: all inputs of an output share a scale.
+
+    Packed codes are a stream of bits in int32 words. Plain ones, a byte for each whatever their bits, are what
+    engines read that multiply integers: they round the inputs as well.
+    """
+
+    kind: ClassVar[str] = "integers"
+
+    bits: int
+    group: int
+    symmetric: bool
+    packed: bool = True
+
+    def nbytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        groups = columns // self.group if self.group else 1
+        if not self.packed:
+            return rows * columns + rows * groups * (dtype.itemsize + (0 if self.symmetric else 1))
+        zeros = 0 if self.symmetric else 4 * -(-rows * self.bits // 32) * groups
+        return 4 * rows * -(-columns * self.bits // 32) + rows * groups * dtype.itemsize + zeros + 16
+
+    def read(self, stored: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> Integers:  # noqa: ARG002
+        zero = None
+        if not self.packed:
+            middle = 1 << (self.bits - 1)
+            if not self.symmetric:
+                zero = (stored["weight_zero_point"].to(torch.int16) + middle).to(torch.uint8)
+            codes = (stored["weight"].to(torch.int16) + middle).to(torch.uint8)
+            return Integers(codes, stored["weight_scale"], zero, self)
+        if not self.symmetric:
+            zero = unpack(stored["weight_zero_point"].t().contiguous(), self.bits, rows).t().contiguous()
+        codes = unpack(stored["weight_packed"], self.bits, columns)
+        return Integers(codes, stored["weight_scale"], zero, self)
+
+
+@dataclass(frozen=True)
 class Integers:
     """One part of an encoded weight: integer codes on a grid."""
 
@@ -39,10 +75,15 @@ class Integers:
     """In the dtype in which it is stored."""
     zero_OG: Tensor | None
     """uint8; None on a symmetric grid, whose zero is 2^(bits-1)."""
-    bits: int
+    form: IntegerForm
+
+    @property
+    def bits(self) -> int:
+        return self.form.bits
 
     @property
     def group(self) -> int:
+        """Inputs that share a scale."""
         return self.codes_OI.shape[1] // self.scale_OG.shape[1]
 
     def decode(self) -> Tensor:
@@ -54,7 +95,12 @@ class Integers:
         return codes.sub_(zero).mul_(self.scale_OG[:, :, None]).view(rows, columns)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Stored form: packed codes, scales, packed zero points, in compressed-tensors' names."""
+        """Stored form: codes, scales, zero points, in compressed-tensors' names; packed, or as signed bytes."""
+        if not self.form.packed:
+            plain = {"weight": _signed(self.codes_OI, self.bits), "weight_scale": self.scale_OG}
+            if self.zero_OG is not None:
+                plain["weight_zero_point"] = _signed(self.zero_OG, self.bits)
+            return plain
         stored = {
             "weight_packed": pack(self.codes_OI, self.bits),
             "weight_scale": self.scale_OG,
@@ -64,20 +110,10 @@ class Integers:
             stored["weight_zero_point"] = pack(self.zero_OG.t(), self.bits).t().contiguous()
         return stored
 
-    @classmethod
-    def from_tensors(cls, stored: Mapping[str, Tensor], bits: int) -> Integers:
-        """The inverse of `tensors`, bit for bit."""
-        rows, columns = (int(n) for n in stored["weight_shape"])
-        scale = stored["weight_scale"]
-        zero = stored.get("weight_zero_point")
-        if zero is not None:
-            zero = unpack(zero.t().contiguous(), bits, rows).t().contiguous()
-        return cls(unpack(stored["weight_packed"], bits, columns), scale, zero, bits)
-
     def sample(self, start: int, step: int) -> Integers:
         """Every `step`-th output from `start`."""
         zero = None if self.zero_OG is None else self.zero_OG[start::step]
-        return Integers(self.codes_OI[start::step], self.scale_OG[start::step], zero, self.bits)
+        return Integers(self.codes_OI[start::step], self.scale_OG[start::step], zero, self.form)
 
     def split(self, rows: list[int]) -> list[Integers]:
         """Cut along the outputs: the inverse of stacking weights that share their inputs."""
@@ -85,7 +121,7 @@ class Integers:
         start = 0
         for end in accumulate(rows):
             zero = None if self.zero_OG is None else self.zero_OG[start:end]
-            parts.append(Integers(self.codes_OI[start:end], self.scale_OG[start:end], zero, self.bits))
+            parts.append(Integers(self.codes_OI[start:end], self.scale_OG[start:end], zero, self.form))
             start = end
         return parts
 
@@ -147,8 +183,9 @@ def fit_grid(
     return scale, zero
 
 
-def round_to_grid(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int) -> Integers:
+def round_to_grid(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, form: IntegerForm) -> Integers:
     """Round to nearest, ties to even."""
+    bits = form.bits
     rows, columns = weight_OI.shape
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight_OI.device)
     groups = scale_OG.shape[1]
@@ -163,7 +200,7 @@ def round_to_grid(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, b
             else w.div_(scale_OG[a : a + step, :, None].float())
         )
         codes[a : a + step] = w.round_().add_(zero).clamp_(0, (1 << bits) - 1).view(-1, columns)
-    return Integers(codes, scale_OG, zero_OG, bits)
+    return Integers(codes, scale_OG, zero_OG, form)
 
 
 def _range(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -223,7 +260,7 @@ def pack(codes_RN: Tensor, bits: int) -> Tensor:
     words = -(-columns * bits // 32)
     if bits == 8 and columns % 4 == 0:
         return codes_RN.contiguous().view(torch.int32)
-    if bits in (2, 4):
+    if bits in (1, 2, 4):
         per_byte = 8 // bits
         padded = _padded(codes_RN, 32 // bits).view(rows, -1, per_byte)
         byte = padded[:, :, 0].clone()
@@ -246,7 +283,7 @@ def unpack(words_RM: Tensor, bits: int, columns: int) -> Tensor:
     if bits == 8 and columns % 4 == 0:
         return words_RM.contiguous().view(torch.uint8)
     mask = (1 << bits) - 1
-    if bits in (2, 4):
+    if bits in (1, 2, 4):
         byte = words_RM.contiguous().view(torch.uint8)
         codes = torch.stack([(byte >> (i * bits)) & mask for i in range(8 // bits)], dim=-1)
         return codes.view(rows, -1)[:, :columns].contiguous()
@@ -259,6 +296,10 @@ def unpack(words_RM: Tensor, bits: int, columns: int) -> Tensor:
             value = value | (words[:, :, word + 1] << (32 - offset))
         codes[:, :, i] = (value & mask).to(torch.uint8)
     return codes.view(rows, -1)[:, :columns].contiguous()
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
 def _padded(value: Tensor, multiple: int) -> Tensor:

@@ -5,38 +5,82 @@ Shapes: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+MEASURES = {
+    "gram": "sum over tokens of x x^T",
+    "absmax": "largest |x| of each input",
+    "absmean": "mean |x| of each input",
+    "fisher": "mean over sequences of the squared gradient of the loss by each weight",
+}
+"""What a method can ask the engine to measure."""
+
 
 @dataclass
 class Statistics:
-    """Second moments of the activations of one space in one block.
+    """What is known of the activations of one space in one block.
 
-    gram_II = sum over tokens of x x^T, float32. `tokens` counts what was summed; for an expert, only the tokens
-    that were routed to it. While it accumulates only the upper block triangle is filled; `finish` mirrors it.
+    `tokens` counts what was summed; for an expert, only the tokens that were routed to it. While it accumulates only
+    the upper block triangle of the Gram matrix is filled; `finish` mirrors it.
     """
 
     columns: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    needs: frozenset[str] = frozenset({"gram"})
+    """Which of the activations' MEASURES are gathered."""
     tokens: int = 0
     gram_II: Tensor | None = None
+    """Sum over tokens of x x^T, float32."""
+    absmax_I: Tensor | None = None
+    """Largest |x| of each input, float32."""
+    abssum_I: Tensor | None = None
+    """Sum over tokens of |x|, float32."""
+    fisher_OI: Tensor | None = None
+    """Of the weight itself: mean over sequences of the squared gradient of the loss, float32."""
+
+    @property
+    def absmean_I(self) -> Tensor | None:
+        """Mean over tokens of |x|, float32."""
+        return None if self.abssum_I is None or not self.tokens else self.abssum_I / self.tokens
 
     def add(self, x_TI: Tensor) -> None:
         """Add the tokens of one micro-batch, (T, I), any float dtype."""
-        if self.gram_II is None:
-            self.gram_II = torch.zeros((self.columns, self.columns), device=self.device)
         self.tokens += x_TI.shape[0]
         x = x_TI.float()
+        if "gram" in self.needs:
+            self._add_gram(x)
+        if x.shape[0] and self.needs & {"absmax", "absmean"}:
+            size = x.abs()
+            if "absmax" in self.needs:
+                largest = size.amax(0)
+                self.absmax_I = largest if self.absmax_I is None else torch.maximum(self.absmax_I, largest)
+            if "absmean" in self.needs:
+                total = size.sum(0)
+                self.abssum_I = total if self.abssum_I is None else self.abssum_I + total
+
+    def _add_gram(self, x_TI: Tensor) -> None:
+        if self.gram_II is None:
+            self.gram_II = torch.zeros((self.columns, self.columns), device=self.device)
         step = max(128, self.columns // 8)
         for a in range(0, self.columns, step):
             target = self.gram_II[a : a + step, a:]
-            torch.addmm(target, x[:, a : a + step].t(), x[:, a:], out=target)
+            torch.addmm(target, x_TI[:, a : a + step].t(), x_TI[:, a:], out=target)
+
+    def rescaled(self, scale_I: Tensor) -> Statistics:
+        """Of the same activations times a scale, (I,)."""
+        size = scale_I.abs()
+        return replace(
+            self,
+            gram_II=None if self.gram_II is None else self.gram_II * scale_I * scale_I[:, None],
+            absmax_I=None if self.absmax_I is None else self.absmax_I * size,
+            abssum_I=None if self.abssum_I is None else self.abssum_I * size,
+        )
 
     def finish(self) -> Statistics:
-        """Make the matrix whole; to be called once, after the last token."""
+        """Make the Gram matrix whole; to be called once, after the last token."""
         if self.gram_II is not None:
             step = max(128, self.columns // 8)
             for a in range(0, self.columns, step):

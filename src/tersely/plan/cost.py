@@ -19,10 +19,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from tersely.codecs.integer import SHRINKS
 from tersely.errors import ResourceError, UsageError
 from tersely.graph import Graph, Weight
-from tersely.methods import Encode
+from tersely.plan.recipe import Step
 
 SUSPEND_BYTES = 512 << 20
 """Up to this size, intermediate activations of all micro-batches are held so that each block runs once."""
@@ -76,7 +75,7 @@ def suspended_bytes(graph: Graph, tokens: int, dtype: torch.dtype) -> int:
 
 def estimate(
     graph: Graph,
-    methods: Mapping[str, Encode],
+    steps: Mapping[str, Step],
     *,
     tokens: int,
     output: int,
@@ -87,24 +86,28 @@ def estimate(
     """Expected peak and duration of a job; `tokens` of calibration text (0: none), `output` bytes of weights."""
     blocks = [graph.unit(u) for u in graph.units]
     numel = {u: sum(_numel(w) for w in graph.unit(u)) for u in graph.units}
-    copied = max((w.spec.nbytes for w in graph.weights if w.name not in methods), default=0)
+    copied = max((w.spec.nbytes for w in graph.weights if w.name not in steps), default=0)
     stages = [
-        [w for w in block if w.name in methods and w.stage == s]
+        [w for w in block if w.name in steps and w.stage == s]
         for u, block in zip(graph.units, blocks, strict=True)
         for s in graph.stages(u)
     ]
     encoded = max((_stage_bytes(ws) for ws in stages if ws), default=0)
-    parameters = sum(_numel(graph.weight(n)) for n in methods)
-    seconds = _IMPORT_SECONDS[0] + parameters * 4e-9 + output / _DISK_RATE + _searches(graph, methods)
+    work = {n: step.method.work(graph.weight(n).rows, graph.weight(n).columns) for n, step in steps.items()}
+    passes = sum(_numel(graph.weight(n)) * w.passes for n, w in work.items())
+    flops = sum(w.flops for w in work.values())
+    encoded += max((w.memory for w in work.values()), default=0)
+    seconds = _IMPORT_SECONDS[0] + passes * 4e-9 + output / _DISK_RATE + flops / _flops_per_second(device)
+    seconds += 40e-6 * sum(work[ws[0].name].loops for ws in _stacks(graph, steps))
     memory, on_device = _LIBRARIES + max(encoded, copied), 0
     if tokens:
-        measured = [w for w in graph.weights if w.name in methods and "gram" in methods[w.name].needs]
+        measured = [w for w in graph.weights if w.name in steps and "gram" in steps[w.name].needs]
         columns = max((w.columns for w in measured), default=0)
         hidden = 2 * tokens * graph.sizes["residual"] * dtype.itemsize
         suspended = suspended_bytes(graph, tokens, dtype)
         held = suspended if suspended <= SUSPEND_BYTES and not graph.has_experts else 0
         inside = 8 * _MICRO_BYTES
-        experts = _expert_grams(graph, methods)
+        experts = _expert_grams(graph, steps)
         grams = max(4 * columns * columns * 2, experts)
         working = max(numel.values()) * dtype.itemsize + hidden + max(held, inside) + grams + encoded
         lookup = tokens * graph.sizes["residual"] * 8
@@ -116,13 +119,10 @@ def estimate(
             for block in blocks
             for c in {w.statistics: w.columns for w in block if w in measured}.values()
         )
-        sweep = sum(2.0 * _numel(w) * w.columns + w.columns**3 / 3 for w in measured)
-        loops = sum(c for block in blocks for c in {w.statistics: w.columns for w in block if w in measured}.values())
         seconds += (
             _IMPORT_SECONDS[1]
             - _IMPORT_SECONDS[0]
-            + 1.4 * (forward / _flops_per_second(device, dtype) + (gram_flops + sweep) / _flops_per_second(device))
-            + loops * 40e-6
+            + 1.4 * (forward / _flops_per_second(device, dtype) + gram_flops / _flops_per_second(device))
         )
     # Units lie beside the folder that is put together from them until it is whole.
     disk = 2 * output
@@ -168,19 +168,25 @@ def _stage_bytes(weights: list[Weight]) -> int:
     return max(sum(_numel(w) for w in weights if w.statistics == s) for s in {w.statistics for w in weights}) * 13
 
 
-def _expert_grams(graph: Graph, methods: Mapping[str, Encode]) -> int:
+def _stacks(graph: Graph, steps: Mapping[str, Step]) -> list[list[Weight]]:
+    """Weights that are encoded together, since they share their inputs."""
+    together: dict[tuple[str, ...], list[Weight]] = {}
+    for name, step in steps.items():
+        weight = graph.weight(name)
+        shares = step.method.row_wise and step.needs
+        together.setdefault((weight.unit, weight.statistics, repr(step), "" if shares else name), []).append(weight)
+    return list(together.values())
+
+
+def _expert_grams(graph: Graph, steps: Mapping[str, Step]) -> int:
     largest = 0
     for unit in graph.units:
         per_stage: dict[str, dict[str, int]] = {}
         for w in graph.unit(unit):
-            if w.expert is not None and w.name in methods and "gram" in methods[w.name].needs:
+            if w.expert is not None and w.name in steps and "gram" in steps[w.name].needs:
                 per_stage.setdefault(w.stage, {})[w.statistics] = 4 * w.columns * w.columns
         largest = max([largest, *(sum(s.values()) + max(s.values()) for s in per_stage.values())])
     return largest
-
-
-def _searches(graph: Graph, methods: Mapping[str, Encode]) -> float:
-    return sum(_numel(graph.weight(n)) * SHRINKS * 4e-9 for n, m in methods.items() if m.clip == "mse")
 
 
 def _flops_per_second(device: torch.device, dtype: torch.dtype = torch.float32) -> float:

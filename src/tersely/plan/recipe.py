@@ -12,14 +12,17 @@
     bits   = 4
     group  = 128
 
-A weight that several steps select takes the last of them. A step that ends with no weight, a key that does not
-exist and a value of another type are errors: nothing in a recipe is without effect.
+A weight that several steps select takes the last of them. Steps that choose another basis (smooth, awq, rotate) come
+first; their `where` names spaces: `residual`, `mlp`, or `normed` for all that lie behind a norm in a block. A step that
+ends with no weight or space, a key that does not exist and a value of another type are errors: nothing in a recipe is
+without effect.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import hashlib
 import json
 import tomllib
@@ -29,9 +32,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from tersely.codecs import Scheme
+from tersely.codecs.activations import ACTIVATIONS
 from tersely.errors import UsageError
 from tersely.graph import Graph
-from tersely.methods import METHODS, Encode
+from tersely.hadamard import check_order
+from tersely.methods import METHODS, REBASES, Encode, Rebase
+
+_INPUTS = {"activations": str, "hadamard": int}
+"""Settings of every step that encodes, whatever its method: what the inputs of the weights go through."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +63,74 @@ class Step:
 
     where: str
     method: Encode
+    activations: str = ""
+    """What their inputs are rounded to when the model runs (ACTIVATIONS); "": they are not."""
+    hadamard: int = 0
+    """Their inputs are multiplied by a Hadamard matrix of this order when the model runs, run by run, and the weight by
+    its inverse before it is encoded; 0: they are not."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be measured on calibration text."""
+        return self.method.needs | (ACTIVATIONS[self.activations].needs if self.activations else frozenset())
+
+    def scheme(self, rows: int, columns: int) -> Scheme:
+        """How a weight of this shape will be stored, the largest where the method decides by the values."""
+        return Scheme(tuple(self.method.forms(rows, columns)), self.activations, self.hadamard)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of basis, of the spaces that a `where` pattern selects (patterns: `spaces`)."""
+
+    where: str
+    method: Rebase
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be measured on calibration text."""
+        return self.method.needs
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Steps in order; what they are calibrated on; the seed of every choice made by chance."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Step | Change, ...]
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.steps:
-            raise UsageError("a recipe needs at least one step")
+        kinds = [isinstance(step, Change) for step in self.steps]
+        if all(kinds):
+            raise UsageError("a recipe needs at least one step that encodes weights")
+        if kinds != sorted(kinds, reverse=True):
+            raise UsageError("steps that change the basis (smooth, awq, rotate ...) come before those that encode")
         if not self.needs and self.calibration != Calibration():
             raise UsageError("calibration has no effect: no step of this recipe measures anything; leave it out")
 
     @property
+    def changes(self) -> tuple[Change, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Change))
+
+    @property
+    def encodes(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Step))
+
+    @property
     def needs(self) -> frozenset[str]:
         """What must be measured on calibration text; empty for data-free recipes."""
-        return frozenset(need for step in self.steps for need in step.method.needs)
+        return frozenset(need for step in self.steps for need in step.needs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default written out."""
         steps = [
-            {"where": s.where, "method": s.method.name, **dataclasses.asdict(s.method)}  # type: ignore[call-overload]
+            {
+                "where": s.where,
+                "method": s.method.name,
+                **({k: v for k in _INPUTS if (v := getattr(s, k, None))}),
+                **dataclasses.asdict(s.method),  # type: ignore[call-overload]
+            }
             for s in self.steps
         ]
         calibration = {"calibration": dataclasses.asdict(self.calibration)} if self.needs else {}
@@ -117,7 +169,7 @@ def recipe_from_toml(text: str, source: str = "recipe") -> Recipe:
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
         raise UsageError(f"{source} has no [[steps]]: at least one, with `where` and `method`, is expected")
     read = tuple(_step(s, f"{source}, step {i + 1}") for i, s in enumerate(steps))
-    if calibration and not any(step.method.needs for step in read):
+    if calibration and not any(step.needs for step in read):
         raise UsageError(f"{source}: [calibration] has no effect: no step measures anything; remove it")
     return Recipe(read, Calibration(**calibration), raw.get("seed", 0))
 
@@ -150,30 +202,55 @@ def presets() -> Mapping[str, str]:
     return {f.name.removesuffix(".toml"): f.read_text("utf-8") for f in files}
 
 
-def assign(recipe: Recipe, graph: Graph) -> dict[str, Encode]:
-    """Stored name -> method, for every weight that a step selects; checked against the weights' shapes.
+def assign(recipe: Recipe, graph: Graph) -> dict[str, Step]:
+    """Stored name -> step, for every weight that one selects; checked against the weights' shapes.
 
     UsageError for a pattern that selects nothing, a step of which nothing is left, and a width that a method
     cannot take, with the weight named.
     """
-    chosen: dict[str, int] = {}
-    for number, step in enumerate(recipe.steps):
+    chosen: dict[str, Step] = {}
+    for step in recipe.encodes:
         for weight in graph.select(step.where):
-            chosen[weight.name] = number
-    for number, step in enumerate(recipe.steps):
-        if number not in chosen.values():
+            chosen[weight.name] = step
+    for number, each in enumerate(recipe.steps):
+        if isinstance(each, Step) and not any(each is step for step in chosen.values()):
             raise UsageError(
-                f"step {number + 1} (where = {step.where!r}) has no effect: later steps select all of its "
+                f"step {number + 1} (where = {each.where!r}) has no effect: later steps select all of its "
                 "weights; remove it, or put it after them"
             )
-    for name, number in chosen.items():
+    for name, step in chosen.items():
         weight = graph.weight(name)
         try:
-            recipe.steps[number].method.check(weight.columns)
+            step.method.check(weight.columns)
+            check_order(step.hadamard, weight.columns)
+            if step.activations and weight.columns % (group := ACTIVATIONS[step.activations].group):
+                name = step.activations
+                raise UsageError(f"activations={name!r}: {weight.columns} inputs are no multiple of {group}")
         except UsageError as error:
             place = f"{weight.path}, block {weight.block}" if weight.block is not None else weight.path
             raise UsageError(f"{error} ({place})") from error
-    return {name: recipe.steps[number].method for name, number in chosen.items()}
+    return chosen
+
+
+def spaces(change: Change, graph: Graph) -> tuple[str, ...]:
+    """The spaces that a change of basis is applied to, in the order of the model.
+
+    `|` joins names and globs of spaces; `normed` is every space of a block that a norm writes. UsageError for a term
+    that matches none.
+    """
+    known = list(dict.fromkeys(s for w in graph.weights if w.kind == "linear" for s in w.reads.spaces))
+    normed = {w.writes.spaces[0] for w in graph.weights if w.kind == "norm" and w.block is not None} & set(known)
+    known += [s for s in graph.coordinates if s not in known]
+    chosen: set[str] = set()
+    for term in change.where.split("|"):
+        name = term.strip()
+        found = normed if name == "normed" else {s for s in known if fnmatch.fnmatchcase(s, name)}
+        if not found:
+            near = difflib.get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"its spaces are {', '.join(known)}, or `normed`"
+            raise UsageError(f"where = {change.where!r}: no space of this model is named {name!r}; {hint}")
+        chosen |= found
+    return tuple(s for s in known if s in chosen)
 
 
 def _find(name: str) -> Recipe:
@@ -203,25 +280,33 @@ def _from_plain(raw: Mapping[str, Any], source: str) -> Recipe:
     return Recipe(steps, Calibration(**calibration), raw["seed"])
 
 
-def _step(raw: Mapping[str, Any], source: str) -> Step:
+def _step(raw: Mapping[str, Any], source: str) -> Step | Change:
     for key in ("where", "method"):
         if not isinstance(raw.get(key), str):
             raise UsageError(f"{source} has no {key!r}: every step needs `where` and `method`")
-    methods = {m.name: m for m in METHODS}
+    encodes, rebases = {m.name: m for m in METHODS}, {m.name: m for m in REBASES}
+    methods: dict[str, type[Encode | Rebase]] = {**encodes, **rebases}
     if raw["method"] not in methods:
         near = difflib.get_close_matches(raw["method"], methods, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(f"{source}: no method named {raw['method']!r}; {hint}methods are {', '.join(methods)}")
     method = methods[raw["method"]]
     settings = {k: v for k, v in raw.items() if k not in ("where", "method")}
-    hints = method_fields(method)
+    hints = {**method_fields(method), **(_INPUTS if raw["method"] in encodes else {})}
     _known(settings, tuple(hints), f"{source} ({method.name})")
     _typed(settings, hints, f"{source} ({method.name})")
     # 1 and 1.0 are one value: the recipe's hash must not tell them apart.
-    return Step(raw["where"], method(**{k: float(v) if hints[k] is float else v for k, v in settings.items()}))
+    values: dict[str, Any] = {k: float(v) if hints[k] is float else v for k, v in settings.items()}
+    if raw["method"] in rebases:
+        return Change(raw["where"], rebases[raw["method"]](**values))
+    quantizer, order = values.pop("activations", ""), values.pop("hadamard", 0)
+    if quantizer not in ("", *ACTIVATIONS):
+        near = difflib.get_close_matches(quantizer, ACTIVATIONS, n=2) or list(ACTIVATIONS)
+        raise UsageError(f"{source}: activations = {quantizer!r}; expected {' or '.join(near)}")
+    return Step(raw["where"], encodes[raw["method"]](**values), quantizer, order)
 
 
-def method_fields(method: type[Encode]) -> dict[str, Any]:
+def method_fields(method: type[Encode | Rebase]) -> dict[str, Any]:
     """Name -> type of the hyper-parameters of a method."""
     hints = get_type_hints(method)
     return {f.name: hints[f.name] for f in dataclasses.fields(method)}  # type: ignore[arg-type]

@@ -10,9 +10,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tersely.codecs import Encoded
-from tersely.codecs.integer import Clip, check_grid, check_group, fit_grid, round_to_grid
+from tersely.codecs import Encoded, IntegerForm
+from tersely.codecs.integer import SHRINKS, Clip, check_grid, check_group, fit_grid, round_to_grid
 from tersely.measure import Statistics
+from tersely.methods.protocol import Work
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class RTN:
 
     name: ClassVar[str] = "rtn"
     needs: ClassVar[frozenset[str]] = frozenset()
-    act_order: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = True
 
     bits: int = 4
     group: int = 128
@@ -39,6 +40,12 @@ class RTN:
     def check(self, columns: int) -> None:
         check_group(self.group, columns)
 
+    def forms(self, rows: int, columns: int) -> tuple[IntegerForm]:  # noqa: ARG002 (of the protocol)
+        return (IntegerForm(self.bits, self.group, self.symmetric),)
+
+    def work(self, rows: int, columns: int) -> Work:  # noqa: ARG002 (of the protocol)
+        return Work(passes=SHRINKS if self.clip == "mse" else 1)
+
     def __call__(self, weight_OI: Tensor, stats: Statistics) -> Encoded:  # noqa: ARG002 (of the protocol)
         scale, zero = fit_grid(
             weight_OI,
@@ -48,4 +55,4 @@ class RTN:
             clip=self.clip,
             scale_dtype=weight_OI.dtype,
         )
-        return Encoded((round_to_grid(weight_OI, scale, zero, self.bits),))
+        return Encoded((round_to_grid(weight_OI, scale, zero, *self.forms(*weight_OI.shape)),))

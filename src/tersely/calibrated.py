@@ -1,0 +1,173 @@
+"""Encoding block by block while the calibration text runs through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+from tersely.calibrate import micro_batches
+from tersely.codecs import Encoded
+from tersely.codecs.entrance import Entrance
+from tersely.encoding import Result, Source, encode
+from tersely.graph import Graph, Weight
+from tersely.hadamard import hadamard
+from tersely.job import Job
+from tersely.measure import Statistics
+from tersely.plan.cost import SUSPEND_BYTES, micro_batch_tokens, suspended_bytes
+from tersely.plan.recipe import Change, spaces
+from tersely.rebase import Diagonal, rebase
+from tersely.rotation import places, tie
+from tersely.stream import SURVEY, Measured, Value, stream
+
+Finished = Callable[[str], Mapping[str, Value] | None]
+"""What a finished block runs with, by its unit; None where it is still to do."""
+
+
+def calibrated(
+    job: Job, units: Iterable[str], finished: Finished, say: Callable[[str, float], None]
+) -> Iterator[tuple[str, Mapping[str, Result], Source]]:
+    """Run the calibration text through the model, once; yields each unit that something is measured for when it is
+    encoded: the results of its weights, and the tensors that its others have by then."""
+    assert job.data is not None
+    graph, source = job.graph, Source(job.checkpoint)
+    plain = not graph.has_experts
+    batches = micro_batches(
+        job.data,
+        tokens=micro_batch_tokens(graph, job.dtype),
+        pad=plain and graph.family.auto_class == "CausalLM",
+    )
+    padded = sum(b.ids_BL.numel() for b in batches)
+    suspend = plain and suspended_bytes(graph, padded, job.dtype) <= SUSPEND_BYTES
+    changes = [change for change in job.recipe.changes if change.needs]
+    undone = [unit for unit in units if finished(unit) is None]
+    measured = {unit: stages for unit in undone if (stages := _stages(job, unit))}
+    surveyed = {unit: stages for unit in undone if (stages := _surveyed(graph, changes, unit))}
+    if not measured and not surveyed:
+        return
+    results: dict[str, Result] = {}
+
+    def encoded(unit: str, stage: str | None, statistics: Mapping[str, Statistics]) -> Iterator[tuple[Weight, Value]]:
+        """Encode what a stage has measured, or (stage None) what needs no data."""
+        weights = [
+            w
+            for w in graph.unit(unit)
+            if w.name in job.steps and (w.stage == stage if job.steps[w.name].needs else stage is None)
+        ]
+        for weight, part, result in encode(source, weights, job.steps, statistics, job.format, job.device):
+            results[weight.name] = result
+            yield weight, running(part, result.entrance)
+
+    def replaced(unit: str) -> Mapping[str, Value]:
+        """A finished block runs with what was written; of a new one, the weights that need no data come first."""
+        results.clear()
+        source.changed.clear()
+        if (before := finished(unit)) is not None:
+            return before
+        turned = [w for w in graph.unit(unit) if w.name in job.steps and job.steps[w.name].hadamard]
+        values = {w.name: Value(source.value(w, job.steps[w.name], job.device)) for w in turned}
+        if unit not in surveyed:
+            values |= {weight.name: value for weight, value in encoded(unit, None, {})}
+        return values
+
+    def transformed(weight: Weight, x: Tensor) -> Tensor:
+        step = job.steps.get(weight.name)
+        return hadamard(x, step.hadamard) if step is not None and step.hadamard else x
+
+    steps = sum(map(len, measured.values())) + len(surveyed)
+    done = 0
+    for stop in stream(
+        job.checkpoint,
+        graph,
+        batches,
+        measured=measured,
+        surveyed=surveyed,
+        transformed=transformed,
+        replaced=replaced,
+        dtype=job.dtype,
+        device=job.device,
+        suspend=suspend,
+    ):
+        if stop.stage is not None:
+            say(f"{stop.unit or 'head'} {stop.stage}", done / steps)
+            done += 1
+            if stop.stage == SURVEY:
+                for name in _changed(job, source, changes, stop.unit, stop.statistics):
+                    weight = graph.weight(name)
+                    linear = weight.kind == "linear"
+                    value = source.value(weight, job.steps.get(name), job.device) if linear else source[name]
+                    stop.replace(weight, Value(value))
+                for weight, ran in encoded(stop.unit, None, {}):
+                    stop.replace(weight, ran)
+            else:
+                for weight, ran in encoded(stop.unit, stop.stage, stop.statistics):
+                    stop.replace(weight, ran)
+        if (stop.stage is None or not stop.unit) and (stop.unit in measured or stop.unit in surveyed):
+            yield stop.unit, dict(results), source
+
+
+def running(encoded: Encoded, entrance: Entrance) -> Value:
+    """An encoded weight as it runs."""
+    if not entrance.activations:
+        return Value(encoded.decode())
+    return Value(encoded.decode(), entrance.rounded, encoded.full())
+
+
+def _stages(job: Job, unit: str) -> Measured:
+    """Stage -> what its weights need, in the order in which they run."""
+    needs: dict[str, frozenset[str]] = {}
+    for weight in job.graph.unit(unit):
+        if weight.name in job.steps and (own := job.steps[weight.name].needs - {"fisher"}):
+            needs[weight.stage] = needs.get(weight.stage, frozenset()) | own
+    return {stage: needs[stage] for stage in job.graph.stages(unit) if stage in needs}
+
+
+def _surveyed(graph: Graph, changes: Iterable[Change], unit: str) -> Measured:
+    """Stage -> what the changes of basis need of the spaces of a block."""
+    needs: dict[str, frozenset[str]] = {}
+    for change in changes:
+        for space in spaces(change, graph):
+            for weight in graph.unit(unit):
+                if weight.kind == "linear" and space in weight.reads.spaces:
+                    needs[weight.stage] = needs.get(weight.stage, frozenset()) | change.needs
+    return needs
+
+
+def _changed(
+    job: Job, source: Source, changes: Iterable[Change], unit: str, statistics: Mapping[str, Statistics]
+) -> list[str]:
+    """Change the bases of a block in `source`; the names of the tensors that are others now."""
+    graph, names = job.graph, dict[str, None]()
+    known = dict(statistics)
+    for change in changes:
+        for space in spaces(change, graph):
+            for place, expert in places(graph, space, change):
+                if place != unit:
+                    continue
+                readers = [
+                    w
+                    for w in graph.unit(unit)
+                    if w.kind == "linear" and space in w.reads.spaces and expert in (None, w.expert)
+                ]
+                # What experts share, their router sees all of.
+                shared = [w for w in readers if w.expert is None] or readers
+                stats = known.get(shared[0].statistics)
+                if stats is None:
+                    continue
+                basis = change.method([source.value(w, None, job.device) for w in readers], stats, job.recipe.seed)
+                assert isinstance(basis, Diagonal)
+                tied = tie(graph, space, basis)
+                changed = rebase(graph, source, space, Diagonal(tied.scale_N.cpu()), unit=unit, expert=expert)
+                source.changed |= changed
+                names |= dict.fromkeys(changed)
+                for name in {w.statistics for w in readers} & known.keys():
+                    known[name] = known[name].rescaled(_spread(graph, tied.scale_N, known[name].columns))
+    return list(names)
+
+
+def _spread(graph: Graph, scale_N: Tensor, columns: int) -> Tensor:
+    """The scale of each input, where heads share one."""
+    if len(scale_N) == columns:
+        return scale_N
+    heads = graph.sizes["kv_heads"]
+    return scale_N.view(heads, -1).repeat_interleave(columns // len(scale_N), 0).reshape(columns)
