@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import helpers
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +22,7 @@ from tersely.errors import UsageError
 
 BITS = range(2, 9)
 THEIRS: Any = helpers  # untyped
+LOOKUP: Any = BaseCompressor  # untyped
 seeds = st.integers(0, 2**31)
 
 
@@ -136,6 +140,27 @@ def test_packed_zero_points_are_those_of_compressed_tensors(bits: int) -> None:
     assert part.zero_OG is not None
     signed = (part.zero_OG.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
     assert torch.equal(part.tensors()["weight_zero_point"], THEIRS.pack_to_int32(signed, bits, packed_dim=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_plain_codes_are_bytes_that_compressed_tensors_decodes(
+    bits: int, group: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    packed = nearest(gaussian(37, 48, dtype=dtype), bits, group, symmetric=symmetric)
+    part = replace(packed, form=replace(packed.form, packed=False))
+    stored = part.tensors()
+    assert stored["weight"].dtype == torch.int8
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == part.form.nbytes(37, 48, dtype)
+    assert same(part.form.read(stored, 37, 48, dtype), part)
+    assert torch.equal(part.decode(), packed.decode())
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **strategy)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    compressor = LOOKUP.get_value_from_registry("int-quantized")
+    assert torch.equal(compressor.decompress(dict(stored), scheme)["weight"], part.decode())
 
 
 # Grids and rounding

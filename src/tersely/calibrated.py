@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -10,22 +11,28 @@ from tersely.calibrate import micro_batches
 from tersely.codecs import Encoded
 from tersely.codecs.entrance import Entrance
 from tersely.encoding import Result, Source, encode
+from tersely.encoding import result as encoded_result
 from tersely.graph import Graph, Weight
 from tersely.hadamard import hadamard
 from tersely.job import Job
 from tersely.measure import Statistics
+from tersely.methods.tune import SignRound, tune_block
 from tersely.plan.cost import SUSPEND_BYTES, micro_batch_tokens, suspended_bytes
 from tersely.plan.recipe import Change, spaces
 from tersely.rebase import Diagonal, rebase
 from tersely.rotation import places, tie
-from tersely.stream import SURVEY, Measured, Value, stream
+from tersely.stream import SURVEY, Measured, Recorded, Value, stream
 
 Finished = Callable[[str], Mapping[str, Value] | None]
 """What a finished block runs with, by its unit; None where it is still to do."""
 
 
 def calibrated(
-    job: Job, units: Iterable[str], finished: Finished, say: Callable[[str, float], None]
+    job: Job,
+    units: Iterable[str],
+    finished: Finished,
+    fishers: Mapping[str, Tensor],
+    say: Callable[[str, float], None],
 ) -> Iterator[tuple[str, Mapping[str, Result], Source]]:
     """Run the calibration text through the model, once; yields each unit that something is measured for when it is
     encoded: the results of its weights, and the tensors that its others have by then."""
@@ -42,10 +49,14 @@ def calibrated(
     changes = [change for change in job.recipe.changes if change.needs]
     undone = [unit for unit in units if finished(unit) is None]
     measured = {unit: stages for unit in undone if (stages := _stages(job, unit))}
-    surveyed = {unit: stages for unit in undone if (stages := _surveyed(graph, changes, unit))}
+    tuned = {t: {w.name for w in graph.select(t.where)} for t in job.recipe.tunings if not t.whole}
+    recorded = {w.unit for names in tuned.values() for w in map(graph.weight, names) if w.unit in undone}
+    surveyed = {unit: stages for unit in undone if (stages := _surveyed(graph, changes, unit)) or unit in recorded}
     if not measured and not surveyed:
         return
     results: dict[str, Result] = {}
+    parts: dict[str, Encoded] = {}
+    known: dict[str, Statistics] = {}
 
     def encoded(unit: str, stage: str | None, statistics: Mapping[str, Statistics]) -> Iterator[tuple[Weight, Value]]:
         """Encode what a stage has measured, or (stage None) what needs no data."""
@@ -54,13 +65,36 @@ def calibrated(
             for w in graph.unit(unit)
             if w.name in job.steps and (w.stage == stage if job.steps[w.name].needs else stage is None)
         ]
-        for weight, part, result in encode(source, weights, job.steps, statistics, job.format, job.device):
+        for weight, part, result in encode(source, weights, job.steps, statistics, job.format, job.device, fishers):
             results[weight.name] = result
+            if unit in recorded:
+                parts[weight.name] = part
+                known.update(statistics)
             yield weight, running(part, result.entrance)
+
+    def tune(block: Recorded) -> Iterator[tuple[Weight, Value]]:
+        """Tune what is encoded of a block towards what the block gave before."""
+        for tuning, names in tuned.items():
+            method = tuning.method
+            assert isinstance(method, SignRound)
+            own = {name: part for name, part in parts.items() if name in names}
+            values = {name: source.value(graph.weight(name), job.steps[name], job.device).float() for name in own}
+            found = tune_block(block.forward, block.inputs, block.targets, values, own, method, seed=job.recipe.seed)
+            for name, part in found.best.items():
+                weight, before = graph.weight(name), results[name]
+                stats = known.get(weight.statistics) or Statistics(weight.columns, job.device)
+                again = encoded_result(weight, job.steps[name], values[name], part, stats, job.format)
+                gained = f"{method.name}: the block's error {found.before:.3g}, then {found.after:.3g}"
+                note = "; ".join(filter(None, [before.row.note, gained]))
+                results[name] = replace(again, row=replace(again.row, note=note))
+                parts[name] = part
+                yield weight, running(part, again.entrance)
 
     def replaced(unit: str) -> Mapping[str, Value]:
         """A finished block runs with what was written; of a new one, the weights that need no data come first."""
         results.clear()
+        parts.clear()
+        known.clear()
         source.changed.clear()
         if (before := finished(unit)) is not None:
             return before
@@ -74,7 +108,7 @@ def calibrated(
         step = job.steps.get(weight.name)
         return hadamard(x, step.hadamard) if step is not None and step.hadamard else x
 
-    steps = sum(map(len, measured.values())) + len(surveyed)
+    steps = sum(map(len, measured.values())) + len(surveyed) + len(recorded)
     done = 0
     for stop in stream(
         job.checkpoint,
@@ -84,6 +118,7 @@ def calibrated(
         surveyed=surveyed,
         transformed=transformed,
         replaced=replaced,
+        recorded=recorded,
         dtype=job.dtype,
         device=job.device,
         suspend=suspend,
@@ -98,6 +133,9 @@ def calibrated(
                     value = source.value(weight, job.steps.get(name), job.device) if linear else source[name]
                     stop.replace(weight, Value(value))
                 for weight, ran in encoded(stop.unit, None, {}):
+                    stop.replace(weight, ran)
+            elif stop.recorded is not None:
+                for weight, ran in tune(stop.recorded):
                     stop.replace(weight, ran)
             else:
                 for weight, ran in encoded(stop.unit, stop.stage, stop.statistics):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,16 +20,20 @@ import torch
 from torch import Tensor
 
 from tersely import __version__
+from tersely.allocation import allocated
 from tersely.calibrated import calibrated, running
-from tersely.encoding import Format, Result, Source, encode_free, require_finite
+from tersely.encoding import Format, Result, Source, encode, encode_free, require_finite, result
+from tersely.fisher import fishers
 from tersely.graph import read_graph
 from tersely.job import Job, prepare
 from tersely.manifest import files, finished, report
-from tersely.plan.recipe import Recipe
+from tersely.measure import Statistics
+from tersely.plan.recipe import Recipe, Tuning
 from tersely.results import Report
 from tersely.rotation import rotate
-from tersely.stored import Entry, groups_from_plain, groups_to_plain, leaf_name
+from tersely.stored import Entry, groups_from_plain, groups_to_plain, leaf_name, open_stored
 from tersely.stream import Value
+from tersely.tuning import tune_whole
 from tersely.writer import Stored, Writer, refuse_existing
 
 Progress = Callable[[str, float], None]
@@ -76,21 +80,14 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         refuse_existing(job.out.absolute())
     job.cost.check(job.out)
     say = progress or _silent
-    origin = {"source": job.origin.sha256()}
     free = [change for change in job.recipe.changes if not change.needs]
-    rotated = job.out.with_name(f"{job.out.name}.rotated")
-    if free:
-        say("change of basis", 0.0)
-        made = rotate(
-            job.checkpoint, free, job.recipe.seed, rotated, {**origin, "recipe": job.recipe.to_dict()}, resume
-        )
-        job = replace(job, checkpoint=made, graph=read_graph(made))
-    with _workers() as pool:
+    with _workers() as pool, torch.no_grad():
         # Without data the first blocks are encoded while the source is hashed.
-        ahead = _Ahead(pool, job, _groups(job)) if job.data is None and not resume else None
+        early = job.data is None and not resume and not free
+        ahead = _Ahead(pool, job, _groups(job)) if early else None
         facts = {
             "tersely": __version__,
-            **origin,
+            "source": job.origin.sha256(),
             "recipe": job.recipe.to_dict(),
             "calibration": None if job.data is None else job.data.sha256,
             "format": job.format,
@@ -98,32 +95,114 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         }
         if resume and job.out.is_dir():
             return finished(job, facts)
-        writer = Writer(job.out, facts, resume=resume)
-        try:
-            with torch.no_grad():
-                kept = _kept(job, writer)
-                if job.data is None:
-                    undone = {file: units for file, units in _groups(job).items() if not writer.done(file)}
-                    encoded = _unmeasured(job, writer, say, ahead or _Ahead(pool, job, undone))
-                else:
-                    encoded = _measured(job, writer, say)
-                # Small tensors come last, to share a shard with the last blocks.
-                units = sorted([*kept, *encoded], key=lambda unit: (unit == "small", unit not in kept))
-            written = [writer.facts(unit) for unit in units]
-            result = report(job, [row for unit in written for row in unit["rows"]])
-            outcome = {name: stored for unit in written for name, stored in unit["outcome"].items()}
-            entries = {n: e for unit in written for n, e in groups_from_plain(unit["groups"], str(job.out)).items()}
-            writer.finish(units, files(job, facts, outcome, entries, result))
-        finally:
-            writer.close()
-    if free:
-        shutil.rmtree(rotated, ignore_errors=True)
+        with _between(job) as folder:
+            if free:
+                say("change of basis", 0.0)
+                made = rotate(job.checkpoint, free, job.recipe.seed, folder / "rotated", facts, resume)
+                job = replace(job, checkpoint=made, graph=read_graph(made))
+            measured = _measured_of_weights(job, say)
+            job = replace(job, steps=allocated(job, say))
+            whole = [tuning for tuning in job.recipe.tunings if tuning.whole]
+            if whole:
+                encoded = replace(job, out=folder / "encoded", format="tersely")
+                if not encoded.out.is_dir():
+                    _encode(encoded, facts, measured, resume, pool, None, say)
+                result = _tuned(job, encoded.out, facts, whole, resume, say)
+            else:
+                result = _encode(job, facts, measured, resume, pool, ahead, say)
     say("finished", 1.0)
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def _kept(job: Job, writer: Writer) -> list[str]:
-    """What lies outside the blocks and stays as it is: copied from file to file, large tensors one by one."""
+@contextmanager
+def _between(job: Job) -> Iterator[Path]:
+    """Where folders lie that are only read by what comes after them; gone when the job is done."""
+    folder = job.out.with_name(f"{job.out.name}.between")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measured_of_weights(job: Job, say: Progress) -> Mapping[str, Tensor]:
+    """What methods need of the weights themselves."""
+    names = [name for name, step in job.steps.items() if "fisher" in step.needs]
+    if not names or job.data is None:
+        return {}
+    say("gradients of the loss", 0.0)
+    with torch.enable_grad():
+        return fishers(job.checkpoint, job.graph, job.data.ids, names, job.device)
+
+
+def _encode(
+    job: Job,
+    facts: Mapping[str, Any],
+    measured: Mapping[str, Tensor],
+    resume: bool,
+    pool: ThreadPoolExecutor,
+    ahead: _Ahead | None,
+    say: Progress,
+) -> Report:
+    """Encode every weight that a step selects, and write the folder."""
+    writer = Writer(job.out, facts, resume=resume)
+    try:
+        kept = _kept(job, writer, {})
+        if job.data is None:
+            undone = {file: units for file, units in _groups(job).items() if not writer.done(file)}
+            encoded = _unmeasured(job, writer, say, ahead or _Ahead(pool, job, undone))
+        else:
+            encoded = _calibrated(job, writer, measured, say)
+        return _finish(job, writer, facts, kept, encoded)
+    finally:
+        writer.close()
+
+
+def _finish(
+    job: Job,
+    writer: Writer,
+    facts: Mapping[str, Any],
+    kept: Sequence[str],
+    encoded: Iterable[str],
+    notes: Sequence[str] = (),
+) -> Report:
+    """Put the folder together when all units are written."""
+    # Small tensors come last, to share a shard with the last blocks.
+    units = sorted([*kept, *encoded], key=lambda unit: (unit == "small", unit not in kept))
+    written = [writer.facts(unit) for unit in units]
+    result = report(job, [row for unit in written for row in unit["rows"]], notes)
+    outcome = {name: stored for unit in written for name, stored in unit["outcome"].items()}
+    entries = {n: e for unit in written for n, e in groups_from_plain(unit["groups"], str(job.out)).items()}
+    writer.finish(units, files(job, facts, outcome, entries, result))
+    return result
+
+
+def _tuned(
+    job: Job, encoded: Path, facts: Mapping[str, Any], tunings: Sequence[Tuning], resume: bool, say: Progress
+) -> Report:
+    """Tune what lies encoded in a folder, the model as a whole, and write the result."""
+    writer = Writer(job.out, facts, resume=resume)
+    try:
+        stored = open_stored(encoded)
+        tuned, vectors, note = tune_whole(job, stored, tunings, say)
+        kept = _kept(job, writer, vectors)
+        source = Source(job.checkpoint)
+        source.changed |= vectors
+        units = {unit: f"block-{number:05d}" for number, unit in enumerate(_units(job))}
+        for unit, file in units.items():
+            if not writer.done(file):
+                results = {}
+                for weight in job.graph.unit(unit):
+                    if weight.name in job.steps:
+                        step = job.steps[weight.name]
+                        value, own = source.value(weight, step, job.device), tuned[weight.name]
+                        nothing = Statistics(weight.columns, job.device)
+                        results[weight.name] = result(weight, step, value, own, nothing, job.format)
+                writer.put(file, *_unit(job, source, unit, results))
+        return _finish(job, writer, facts, kept, list(units.values()), [note])
+    finally:
+        writer.close()
+
+
+def _kept(job: Job, writer: Writer, changed: Mapping[str, Tensor]) -> list[str]:
+    """What lies outside the blocks and is not encoded: copied from file to file, large tensors one by one."""
     names = [w.name for w in job.graph.unit("") if w.name not in job.steps] + list(job.graph.extra)
     large = [name for name in names if job.checkpoint.spec(name).nbytes >= _GROUP_BYTES]
     small = [name for name in names if name not in large]
@@ -134,7 +213,10 @@ def _kept(job: Job, writer: Writer) -> list[str]:
                 for piece in job.checkpoint.pieces(name):
                     require_finite(name, piece)
             specs = {name: job.checkpoint.spec(name) for name in own}
-            stored = {name: Stored(job.checkpoint.path / spec.file, spec) for name, spec in specs.items()}
+            stored: dict[str, Tensor | Stored] = {
+                name: changed[name] if name in changed else Stored(job.checkpoint.path / spec.file, spec)
+                for name, spec in specs.items()
+            }
             writer.put(unit, stored, {"rows": [], "groups": [], "outcome": {name: [name] for name in own}})
     return list(groups)
 
@@ -220,25 +302,36 @@ def _alone() -> None:
     torch.set_grad_enabled(False)
 
 
-def _measured(job: Job, writer: Writer, say: Progress) -> Iterator[str]:
+def _calibrated(job: Job, writer: Writer, measured: Mapping[str, Tensor], say: Progress) -> Iterator[str]:
     """Encode block by block while the calibration text runs through the model, then the head if a step selects it."""
     named = {unit: f"block-{number:05d}" for number, unit in enumerate(_units(job))}
 
     def finished(unit: str) -> Mapping[str, Value] | None:
         return _running(job, writer, named[unit], unit) if writer.done(named[unit]) else None
 
-    for unit, results, source in calibrated(job, named, finished, say):
+    for unit, results, source in calibrated(job, named, finished, measured, say):
         writer.put(named[unit], *_unit(job, source, unit, results))
     for unit, file in named.items():
         if not writer.done(file):
-            writer.put(file, *_free_unit(job, unit))
+            writer.put(file, *_free_unit(job, unit, measured))
         yield file
 
 
-def _free_unit(job: Job, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _free_unit(
+    job: Job, unit: str, measured: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Encode a unit of which no activations are measured."""
+    known = measured or {}
     weights = [w for w in job.graph.unit(unit) if w.name in job.steps]
     source = Source(job.checkpoint)
-    results = {w.name: encode_free(source, w, job.steps[w.name], job.format, job.device) for w in weights}
+    results = {
+        w.name: encode_free(source, w, job.steps[w.name], job.format, job.device)
+        for w in weights
+        if w.name not in known
+    }
+    measured_ones = [w for w in weights if w.name in known]
+    for weight, _, own in encode(source, measured_ones, job.steps, {}, job.format, job.device, known):
+        results[weight.name] = own
     return _unit(job, source, unit, results)
 
 

@@ -7,7 +7,7 @@ a weight is read, encoded and packed a few rows at a time, so that any size need
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, final
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tersely.checkpoint import Checkpoint
 from tersely.codecs import Encoded, Scheme
-from tersely.codecs.activations import ACTIVATIONS
+from tersely.codecs.activations import ACTIVATIONS, layout
 from tersely.codecs.entrance import Entrance
 from tersely.errors import CheckpointError
 from tersely.graph import Weight
@@ -53,7 +53,7 @@ class Source(Mapping[str, Tensor]):
 
     def value(self, weight: Weight, step: Step | None, device: torch.device) -> Tensor:
         """A linear weight (outputs, inputs) in the basis in which a step encodes it."""
-        value_OI = _oriented(weight, self[weight.name]).to(device)
+        value_OI = _oriented(weight, require_finite(weight.name, self[weight.name])).to(device)
         return hadamard(value_OI, step.hadamard) if step is not None and step.hadamard else value_OI
 
 
@@ -76,8 +76,12 @@ def encode(
     statistics: Mapping[str, Statistics],
     format: Format,
     device: torch.device,
+    fishers: Mapping[str, Tensor],
 ) -> Iterator[tuple[Weight, Encoded, Result]]:
-    """Encode weights of one block with the statistics of their activations, those that share them together."""
+    """Encode weights of one block with the statistics of their activations, those that share them together.
+
+    fishers: what was measured of the weights themselves, by stored name.
+    """
 
     def together(weight: Weight) -> tuple[Any, ...]:
         # Without statistics there is nothing to share, and one weight at a time needs less memory.
@@ -90,7 +94,9 @@ def encode(
         stats = statistics.get(stack[0].statistics) or Statistics(stack[0].columns, device)
         step = steps[stack[0].name]
         values = [source.value(w, step, device) for w in stack]
-        encoded = step.method(torch.cat(values) if len(values) > 1 else values[0], stats)
+        if all(w.name in fishers for w in stack):
+            stats = replace(stats, fisher_OI=torch.cat([fishers[w.name] for w in stack]))
+        encoded = _laid_out(step.method(torch.cat(values) if len(values) > 1 else values[0], stats), step, format)
         pieces = encoded.split([len(v) for v in values]) if len(values) > 1 else [encoded]
         for weight, value, part in zip(stack, values, pieces, strict=True):
             yield weight, part, result(weight, step, value, part, stats, format)
@@ -122,9 +128,9 @@ def encode_free(source: Source, weight: Weight, step: Step, format: Format, devi
     note = ""
     for a in range(0, weight.rows, slab):
         read = source[weight.name] if slab >= weight.rows else source.slab(weight.name, a, min(a + slab, weight.rows))
-        value = _oriented(weight, read).to(device)
+        value = _oriented(weight, require_finite(weight.name, read)).to(device)
         value = hadamard(value, step.hadamard) if step.hadamard else value
-        encoded = step.method(value, nothing)
+        encoded = _laid_out(step.method(value, nothing), step, format)
         slabs.append(_stored(weight, encoded, entrance, format))
         schemes.append(_scheme(encoded, step))
         start = -a % every
@@ -133,6 +139,15 @@ def encode_free(source: Source, weight: Weight, step: Step, format: Format, devi
     assert len(set(schemes)) == 1, "a row-wise method leaves one form"
     stored = {name: _joined(name, [s[name] for s in slabs]) for name in slabs[0]}
     return Result(stored, schemes[0], _row(weight, step, stored, lost, total, 0, note), entrance)
+
+
+def _laid_out(encoded: Encoded, step: Step, format: Format) -> Encoded:
+    """As the format stores its parts."""
+    if format != "compressed-tensors":
+        return encoded
+    forms = layout(_scheme(encoded, step)).parts
+    parts = (replace(part, form=form) for part, form in zip(encoded.parts, forms, strict=True))  # type: ignore[type-var]
+    return Encoded(tuple(parts), encoded.note)
 
 
 def _scheme(encoded: Encoded, step: Step) -> Scheme:

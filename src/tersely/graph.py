@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
+from torch import Tensor
+
 from tersely.checkpoint import TensorSpec
 from tersely.errors import CheckpointError, UsageError
 from tersely.families import LOOKUPS, Axis, Family, Row, Rows, Sizes, choose_family, numbered, rows_of, words
@@ -249,6 +252,30 @@ class Graph:
                 reason = "its head is tied to the embedding"
             raise UsageError(f"where = {where!r}: `{term}` matches no linear weight of this model; {reason}")
         return found
+
+
+def filled(parameter: Tensor, pieces: Sequence[Piece], values: Mapping[str, Tensor]) -> Tensor:
+    """A parameter as transformers holds it, out of the weights that fill it.
+
+    values: by stored name, linear ones as (outputs, inputs); what is not among them stays. The result has the dtype of
+    the parameter, and gradients flow to the values.
+    """
+
+    def piece_of(piece: Piece) -> Tensor:
+        slot = parameter if piece.index is None else parameter[piece.index]
+        value = values.get(piece.weight.name)
+        if value is None:
+            return slot[piece.start : piece.start + piece.rows]
+        return (value.t() if piece.weight.transposed else value).to(parameter.dtype)
+
+    ordered = sorted(pieces, key=lambda piece: (piece.index or 0, piece.start))
+    if len(ordered) == 1 and ordered[0].index is None:
+        return piece_of(ordered[0])
+    slots: dict[int | None, list[Tensor]] = {}
+    for piece in ordered:
+        slots.setdefault(piece.index, []).append(piece_of(piece))
+    rows = [torch.cat(own) if len(own) > 1 else own[0] for own in slots.values()]
+    return rows[0] if None in slots else torch.stack(rows)
 
 
 def read_graph(checkpoint: Headers) -> Graph:

@@ -12,6 +12,7 @@ import torch
 from tersely.calibrate import Sequences, read_text, sequences
 from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.codecs import Scheme
+from tersely.codecs.activations import layout
 from tersely.encoding import Format
 from tersely.errors import CheckpointError, UsageError
 from tersely.export import compressed_tensors
@@ -95,7 +96,8 @@ def prepare(
     cost = estimate(
         graph,
         steps,
-        tokens=data.tokens if data else 0,
+        sequences=[len(ids_L) for ids_L in data.ids] if data else [],
+        tunings=recipe.tunings,
         output=_output_bytes(checkpoint, graph, schemes, chosen),
         out=Path(out),
         dtype=dtype,
@@ -156,7 +158,8 @@ def _output_bytes(checkpoint: Checkpoint, graph: Graph, schemes: Mapping[str, Sc
     if format == "dense":
         return total
     weights = {n: graph.weight(n) for n in schemes}
-    saved = (w.spec.nbytes - schemes[n].nbytes(w.rows, w.columns, w.spec.dtype) for n, w in weights.items())
+    stored = {n: layout(scheme) if format == "compressed-tensors" else scheme for n, scheme in schemes.items()}
+    saved = (w.spec.nbytes - stored[n].nbytes(w.rows, w.columns, w.spec.dtype) for n, w in weights.items())
     return total - sum(saved)
 
 

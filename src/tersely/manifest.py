@@ -75,8 +75,8 @@ def files(
     }
 
 
-def report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
-    """What was done, from the facts of all units."""
+def report(job: Job, plain: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) -> Report:
+    """What was done, from the facts of all units and what was told of the whole."""
     rows = tuple(Row(**row) for row in plain)
     before, parameters = job.origin.nbytes, job.origin.parameters
     after = job.checkpoint.nbytes - sum(r.bytes_before - r.bytes_after for r in rows)
@@ -93,7 +93,7 @@ def report(job: Job, plain: Sequence[Mapping[str, Any]]) -> Report:
     for row in rows:
         if row.note:
             noted.setdefault((row.block, row.note), []).append(row.name.removesuffix(".weight"))
-    notes = [f"{', '.join(names)}: {note}" for (_, note), names in noted.items()]
+    notes = [*told, *(f"{', '.join(names)}: {note}" for (_, note), names in noted.items())]
     notes += [f"{n} is stored but not read by the model; carried over" for n in job.graph.extra]
     notes += [f"{n} was left behind" for n in job.origin.left_behind]
     return Report(

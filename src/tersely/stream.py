@@ -18,7 +18,7 @@ Two ways through a block, bit-equal in their results:
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,18 +26,22 @@ from typing import Any
 import torch
 from greenlet import greenlet
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import embedding, linear
 from torch.overrides import TorchFunctionMode
 
 from tersely.calibrate import MicroBatch
 from tersely.checkpoint import Checkpoint
 from tersely.errors import CheckpointError
-from tersely.graph import Graph, Weight
+from tersely.graph import Graph, Weight, filled
 from tersely.measure import Statistics
 
 _TRIM_BYTES = 32 << 20
 SURVEY = "survey"
 """The stage before all others, where what was asked of a whole block is known and nothing in it has changed."""
+
+TUNE = "tune"
+"""The stage after all others, where a block has run as it is encoded and may yet be tuned."""
 
 Measured = Mapping[str, frozenset[str]]
 """Stage -> what is gathered of its activations (MEASURES)."""
@@ -53,6 +57,19 @@ class Stop:
     """By the name of the activations (Weight.statistics)."""
     replace: Callable[[Weight, Value], None]
     """Put another tensor into the running model."""
+    recorded: Recorded | None = None
+    """At the stage TUNE."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a block got, what it gave before anything in it was encoded, and how to ask what it would give."""
+
+    inputs: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
+    """Positional and named arguments of its forward, one micro-batch each."""
+    targets: Sequence[Tensor]
+    forward: Callable[[Mapping[str, Tensor], tuple[tuple[Any, ...], Mapping[str, Any]]], Tensor]
+    """Its output with other weights: by stored name, (outputs, inputs), of any float dtype; gradients flow to them."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,8 @@ class _Flow:
         self.batch = batch
         self.result: Any = None
         self.watched: _Watched | None = None
+        self.arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
+        self.target: Tensor | None = None
         self._run = run
         self._greenlet = greenlet(self._main)
 
@@ -136,22 +155,24 @@ def stream(
     suspend: bool,
     surveyed: Mapping[str, Measured] | None = None,
     transformed: Callable[[Weight, Tensor], Tensor] | None = None,
+    recorded: Collection[str] = (),
     logits: list[Tensor] | None = None,
 ) -> Iterator[Stop]:
     """Run all micro-batches through the model, block by block.
 
     `measured`: unit -> stages before which to stop with complete statistics, and what they are ("" -> "head_in" for
     the head). `surveyed`: the same of blocks that run once beforehand, with nothing in them changed; then there is one
-    stop at the stage SURVEY. `transformed`: what the inputs of a weight always go through. Statistics are of what has
-    gone through it. `replaced`: called when a block is paged in: stored name -> what to use instead of the stored
-    tensor. `suspend`: wait inside the blocks (not with experts, whose statistics are complete only at the end
-    of a block), or repeat them. `logits`: a list that receives the logits of each micro-batch; without it the run
-    ends behind the last block (or the head's statistics).
+    stop at the stage SURVEY. `recorded`: of these, which may be tuned when all their weights are replaced: a stop at
+    the stage TUNE, with what went in and came out. `transformed`: what the inputs of a weight always go through;
+    statistics are of what has gone through it. `replaced`: called when a block is paged in: stored name -> what to use
+    instead of the stored tensor. `suspend`: wait inside the blocks (not with experts, whose statistics are complete
+    only at the end of a block), or repeat them. `logits`: a list that receives the logits of each micro-batch; without
+    it the run ends behind the last block (or the head's statistics).
 
     Yields a Stop before each measured stage and behind each block. CheckpointError where the model has a
     parameter that the checkpoint does not give.
     """
-    paged = _Paged(checkpoint, graph, measured, surveyed or {}, transformed, dtype, device, suspend)
+    paged = _Paged(checkpoint, graph, measured, surveyed or {}, recorded, transformed, dtype, device, suspend)
     flows = [_Flow(batch, paged.run) for batch in batches]
     try:
         for unit in graph.units:
@@ -163,6 +184,9 @@ def stream(
             for stage in measured.get(unit, ()):
                 paged.meet(flows, unit, stage)
                 yield Stop(unit, stage, paged.take(), paged.replace)
+            if unit in recorded:
+                paged.meet(flows, unit, TUNE)
+                yield Stop(unit, TUNE, {}, paged.replace, paged.record(unit, flows))
             paged.meet(flows, unit, "exit")
             yield Stop(unit, None, {}, paged.replace)
             paged.page_out(unit)
@@ -190,13 +214,14 @@ class _Paged:
         graph: Graph,
         measured: Mapping[str, Measured],
         surveyed: Mapping[str, Measured],
+        recorded: Collection[str],
         transformed: Callable[[Weight, Tensor], Tensor] | None,
         dtype: torch.dtype,
         device: torch.device,
         suspend: bool,
     ) -> None:
         self.checkpoint, self.graph, self.measured, self.surveyed = checkpoint, graph, measured, surveyed
-        self.transformed = transformed
+        self.recorded, self.transformed = recorded, transformed
         self.values: dict[str, Value] = {}
         """Stored name of a weight that has been replaced -> its value, if its inputs are rounded."""
         self.dtype, self.device, self.suspend = dtype, device, suspend
@@ -226,8 +251,11 @@ class _Paged:
     def advance(self, flow: _Flow) -> tuple[str, str] | None:
         """Let one flow run to its next pause, watched; nothing outside it is."""
         self.flow = flow
-        with torch.no_grad(), self.watch:
-            return flow.advance()
+        try:
+            with torch.no_grad(), self.watch:
+                return flow.advance()
+        finally:
+            self.flow = None
 
     def meet(self, flows: Sequence[_Flow], unit: str, place: str) -> None:
         """Bring every flow to one place."""
@@ -235,6 +263,20 @@ class _Paged:
             reached = self.advance(flow)
             if reached != (unit, place):
                 raise AssertionError(f"a flow stopped at {reached} on its way to {(unit, place)}")
+
+    def record(self, unit: str, flows: Sequence[_Flow]) -> Recorded:
+        block, parameters = self.model.get_submodule(unit), self.graph.parameters(unit)
+
+        def forward(values: Mapping[str, Tensor], arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Tensor:
+            own = {
+                name: filled(block.get_parameter(name), pieces, values)
+                for name, pieces in parameters.items()
+                if any(piece.weight.name in values for piece in pieces)
+            }
+            return _hidden(functional_call(block, own, arguments[0], dict(arguments[1])))
+
+        targets = [flow.target for flow in flows if flow.target is not None]
+        return Recorded([flow.arguments for flow in flows], targets, forward)
 
     def take(self) -> Mapping[str, Statistics]:
         taken, self.statistics = self.statistics, {}
@@ -375,12 +417,15 @@ class _Paged:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             flow = self.flow
-            assert flow is not None
+            if flow is None:  # the block is asked, not the model
+                return own(*args, **kwargs)
             flow.pause(unit, "enter")
             if unit in self.surveyed:
                 flow.watched = _Watched(unit, frozenset(self.surveyed[unit]), pauses=False)
-                own(*args, **kwargs)
+                before = own(*args, **kwargs)
                 flow.watched = None
+                if unit in self.recorded:
+                    flow.arguments, flow.target = (args, kwargs), _hidden(before)
                 flow.pause(unit, SURVEY)
             if self.suspend:
                 flow.watched = _Watched(unit, frozenset(stages))
@@ -394,6 +439,10 @@ class _Paged:
                     flow.watched = None
                     flow.pause(unit, stage)
                 output = own(*args, **kwargs)
+            if unit in self.recorded:
+                flow.pause(unit, TUNE)
+                output = own(*args, **kwargs)
+                flow.arguments, flow.target = ((), {}), None
             flow.pause(unit, "exit")
             return output
 
@@ -473,6 +522,13 @@ class _Watch(TorchFunctionMode):
         with self:
             assert self.paged.flow is not None
             self.paged.flow.pause(unit, place)
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states of what a block gives."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 def _as_it_is(y: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ def test_scaling_a_foldable_space_leaves_the_logits_and_others_refuse(
         assert "tied" in refused[graph.head_space]
 
 
-ROTATABLE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe", "granite", "smollm3"} | {
+ROTATABLE = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "mixtral", "qwen3_moe", "granite", "smollm3"} | {
     "deepseek_v3"
 }
 

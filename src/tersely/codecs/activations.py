@@ -12,12 +12,13 @@ Shapes: ... any leading dimensions (tokens), I inputs, G blocks of inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from tersely.codecs import IntegerForm, Scheme
 from tersely.codecs.floats import BLOCK, E2M1, E4M3
 
 
@@ -266,3 +267,13 @@ ACTIVATIONS: Mapping[str, Activations] = {
     "nvfp4": NVFP4Blocks(),
 }
 """Name in a recipe -> what the inputs go through."""
+
+
+def layout(scheme: Scheme) -> Scheme:
+    """A scheme as compressed-tensors lays it out: engines that multiply integers read a byte for each code."""
+    multiplied = scheme.activations in ("int8", "int8-static")
+    parts = tuple(
+        replace(form, packed=False) if multiplied and isinstance(form, IntegerForm) and form.bits in (4, 8) else form
+        for form in scheme.parts
+    )
+    return replace(scheme, parts=parts)

@@ -1,56 +1,51 @@
 """Every compression method, one file each. A new method is one file and one line in METHODS."""
 
-from __future__ import annotations
-
-from typing import ClassVar, Protocol
-
-from torch import Tensor
-
-from tersely.codecs import Encoded
-from tersely.codecs.integer import Clip
-from tersely.measure import Statistics
+from tersely.methods.encode.aqlm import AQLM
+from tersely.methods.encode.aser import ASER
+from tersely.methods.encode.bipolar import Bipolar
+from tersely.methods.encode.finequant import FineQuant
+from tersely.methods.encode.fp8 import FP8
 from tersely.methods.encode.gptq import GPTQ
+from tersely.methods.encode.hqq import HQQ
+from tersely.methods.encode.llm_int8 import LLMInt8
+from tersely.methods.encode.lqer import LQER
+from tersely.methods.encode.mxfp4 import MXFP4
+from tersely.methods.encode.nf4 import NF4
+from tersely.methods.encode.nvfp4 import NVFP4
 from tersely.methods.encode.rtn import RTN
+from tersely.methods.encode.shiftaddllm import ShiftAddLLM
+from tersely.methods.encode.squeezellm import SqueezeLLM
+from tersely.methods.encode.ternary import TernaryRounding
+from tersely.methods.protocol import Encode, Rebase, Work
+from tersely.methods.rebase.aser_smooth import ASERSmooth
+from tersely.methods.rebase.awq import AWQ
+from tersely.methods.rebase.rotate import Rotate
+from tersely.methods.rebase.smooth import Smooth
+from tersely.methods.tune import TUNES, TuneBlock, TuneModel
 
-__all__ = ["METHODS", "Encode"]
+__all__ = ["METHODS", "REBASES", "TUNES", "Encode", "Method", "Rebase", "TuneBlock", "TuneModel", "Work"]
 
+Method = Encode | Rebase | TuneModel | TuneBlock
 
-class Encode(Protocol):
-    """Store a weight in fewer bits. A frozen dataclass whose fields are its hyper-parameters.
+METHODS: tuple[type[Encode], ...] = (
+    RTN,
+    GPTQ,
+    ASER,
+    LQER,
+    LLMInt8,
+    FP8,
+    MXFP4,
+    NVFP4,
+    HQQ,
+    NF4,
+    SqueezeLLM,
+    FineQuant,
+    ShiftAddLLM,
+    Bipolar,
+    TernaryRounding,
+    AQLM,
+)
+"""How a weight is stored in fewer bits."""
 
-    `__call__` is pure: no model, no files, no device moves. The outputs (rows) of a weight are independent of one
-    another, so that the engine may stack weights that share their inputs and statistics.
-    """
-
-    name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]
-    """What the engine must measure: "gram"."""
-
-    @property
-    def bits(self) -> int:
-        """Of a stored code."""
-
-    @property
-    def group(self) -> int:
-        """Inputs that share a scale; 0: all of an output."""
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether the grid has no zero point of its own."""
-
-    @property
-    def clip(self) -> Clip:
-        """How the range of a group is chosen."""
-
-    @property
-    def act_order(self) -> bool:
-        """Whether columns are taken by the size of their inputs."""
-
-    def check(self, columns: int) -> None:
-        """UsageError where a weight with this number of inputs cannot be taken."""
-
-    def __call__(self, weight_OI: Tensor, stats: Statistics) -> Encoded:
-        """Encode a weight, (outputs, inputs), in its stored dtype."""
-
-
-METHODS: tuple[type[Encode], ...] = (RTN, GPTQ)
+REBASES: tuple[type[Rebase], ...] = (Smooth, AWQ, ASERSmooth, Rotate)
+"""In which basis, before that."""

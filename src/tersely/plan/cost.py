@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ import torch
 
 from tersely.errors import ResourceError, UsageError
 from tersely.graph import Graph, Weight
-from tersely.plan.recipe import Step
+from tersely.methods.tune import PV, Distill, SignRound, tuning_work
+from tersely.plan.recipe import Step, Tuning
 
 SUSPEND_BYTES = 512 << 20
 """Up to this size, intermediate activations of all micro-batches are held so that each block runs once."""
@@ -77,13 +78,15 @@ def estimate(
     graph: Graph,
     steps: Mapping[str, Step],
     *,
-    tokens: int,
+    sequences: Sequence[int],
+    tunings: Sequence[Tuning],
     output: int,
     out: Path,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Cost:
-    """Expected peak and duration of a job; `tokens` of calibration text (0: none), `output` bytes of weights."""
+    """Expected peak and duration of a job; tokens of each sequence of calibration text, `output` bytes of weights."""
+    tokens = sum(sequences)
     blocks = [graph.unit(u) for u in graph.units]
     numel = {u: sum(_numel(w) for w in graph.unit(u)) for u in graph.units}
     copied = max((w.spec.nbytes for w in graph.weights if w.name not in steps), default=0)
@@ -124,8 +127,17 @@ def estimate(
             - _IMPORT_SECONDS[0]
             + 1.4 * (forward / _flops_per_second(device, dtype) + gram_flops / _flops_per_second(device))
         )
+        for tuning in tunings:
+            own = [graph.weight(name) for name in {w.name for w in graph.select(tuning.where)}]
+            if isinstance(tuning.method, Distill | PV):
+                needed = tuning_work(graph, own, tuning.method, context=max(sequences), texts=len(sequences))
+                memory = max(memory, _LIBRARIES_MEASURED + needed.memory)
+                seconds += 2 * needed.flops / _flops_per_second(device)
+            elif isinstance(tuning.method, SignRound):
+                once = 2 * sum(map(_numel, own)) * tokens / len(sequences)
+                seconds += 4 * once * tuning.method.steps * tuning.method.batch / _flops_per_second(device)
     # Units lie beside the folder that is put together from them until it is whole.
-    disk = 2 * output
+    disk = 2 * output * (2 if any(tuning.whole for tuning in tunings) else 1)
     return Cost(memory, disk, seconds, psutil.virtual_memory().available, _free(out), output, on_device)
 
 

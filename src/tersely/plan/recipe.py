@@ -25,6 +25,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,10 +38,12 @@ from tersely.codecs.activations import ACTIVATIONS
 from tersely.errors import UsageError
 from tersely.graph import Graph
 from tersely.hadamard import check_order
-from tersely.methods import METHODS, REBASES, Encode, Rebase
+from tersely.methods import METHODS, REBASES, TUNES, Encode, Method, Rebase, TuneBlock, TuneModel
+from tersely.methods.tune import SignRound
 
-_INPUTS = {"activations": str, "hadamard": int}
-"""Settings of every step that encodes, whatever its method: what the inputs of the weights go through."""
+_INPUTS = {"activations": str, "hadamard": int, "average_bits": float}
+"""Settings of every step that encodes, whatever its method."""
+_IMPORTANCE = frozenset({"gram"})
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,31 @@ class Step:
     hadamard: int = 0
     """Their inputs are multiplied by a Hadamard matrix of this order when the model runs, run by run, and the weight by
     its inverse before it is encoded; 0: they are not."""
+    average_bits: float = 0.0
+    """Mean bits of the weights that the step selects: the method's `bits` are then chosen for each by its importance;
+    0: all have the same."""
+
+    def __post_init__(self) -> None:
+        if self.average_bits and not hasattr(self.method, "bits"):
+            raise UsageError(f"average_bits={self.average_bits}: {self.method.name} has no bits to choose")
+        if self.average_bits and not 1 <= self.average_bits <= 8:
+            raise UsageError(f"average_bits={self.average_bits}: expected 1 to 8, or 0 for the same bits everywhere")
+
+    def with_bits(self, bits: int) -> Step:
+        """The same step with other bits, for weights that were given these."""
+        method: Any = self.method
+        return dataclasses.replace(self, method=dataclasses.replace(method, bits=bits), average_bits=0.0)
 
     @property
     def needs(self) -> frozenset[str]:
         """What must be measured on calibration text."""
-        return self.method.needs | (ACTIVATIONS[self.activations].needs if self.activations else frozenset())
+        rounding = ACTIVATIONS[self.activations].needs if self.activations else frozenset()
+        return self.method.needs | rounding | (_IMPORTANCE if self.average_bits else frozenset())
 
     def scheme(self, rows: int, columns: int) -> Scheme:
         """How a weight of this shape will be stored, the largest where the method decides by the values."""
-        return Scheme(tuple(self.method.forms(rows, columns)), self.activations, self.hadamard)
+        step = self.with_bits(math.ceil(self.average_bits)) if self.average_bits else self
+        return Scheme(tuple(step.method.forms(rows, columns)), self.activations, self.hadamard)
 
 
 @dataclass(frozen=True)
@@ -93,19 +112,40 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """One method that tunes what was encoded, on the weights that a `where` pattern selects."""
+
+    where: str
+    method: TuneModel | TuneBlock
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be measured on calibration text."""
+        return frozenset({"text"})
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model is tuned as a whole, not block by block."""
+        return not isinstance(self.method, SignRound)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Steps in order; what they are calibrated on; the seed of every choice made by chance."""
 
-    steps: tuple[Step | Change, ...]
+    steps: tuple[Step | Change | Tuning, ...]
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        kinds = [isinstance(step, Change) for step in self.steps]
-        if all(kinds):
+        if not self.encodes:
             raise UsageError("a recipe needs at least one step that encodes weights")
-        if kinds != sorted(kinds, reverse=True):
-            raise UsageError("steps that change the basis (smooth, awq, rotate ...) come before those that encode")
+        kinds = [(Change, Step, Tuning).index(type(step)) for step in self.steps]
+        if kinds != sorted(kinds):
+            raise UsageError(
+                "steps that change the basis (smooth, awq, rotate ...) come before those that encode, and steps that "
+                "tune (distill, pv, signround) after them"
+            )
         if not self.needs and self.calibration != Calibration():
             raise UsageError("calibration has no effect: no step of this recipe measures anything; leave it out")
 
@@ -116,6 +156,10 @@ class Recipe:
     @property
     def encodes(self) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if isinstance(step, Step))
+
+    @property
+    def tunings(self) -> tuple[Tuning, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Tuning))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -229,6 +273,17 @@ def assign(recipe: Recipe, graph: Graph) -> dict[str, Step]:
         except UsageError as error:
             place = f"{weight.path}, block {weight.block}" if weight.block is not None else weight.path
             raise UsageError(f"{error} ({place})") from error
+    for tuning in recipe.tunings:
+        if missing := [w.name for w in graph.select(tuning.where) if w.name not in chosen]:
+            raise UsageError(
+                f"{tuning.method.name} (where = {tuning.where!r}) tunes what is encoded, and {missing[0]} is not; "
+                "select only weights that an earlier step encodes"
+            )
+        if any(step.hadamard for step in chosen.values()) or any(change.needs for change in recipe.changes):
+            raise UsageError(
+                f"{tuning.method.name} tunes weights in the basis of the source: leave out hadamard, smooth and awq "
+                "before it (rotate may stay)"
+            )
     return chosen
 
 
@@ -280,12 +335,12 @@ def _from_plain(raw: Mapping[str, Any], source: str) -> Recipe:
     return Recipe(steps, Calibration(**calibration), raw["seed"])
 
 
-def _step(raw: Mapping[str, Any], source: str) -> Step | Change:
+def _step(raw: Mapping[str, Any], source: str) -> Step | Change | Tuning:
     for key in ("where", "method"):
         if not isinstance(raw.get(key), str):
             raise UsageError(f"{source} has no {key!r}: every step needs `where` and `method`")
-    encodes, rebases = {m.name: m for m in METHODS}, {m.name: m for m in REBASES}
-    methods: dict[str, type[Encode | Rebase]] = {**encodes, **rebases}
+    encodes, rebases, tunes = {m.name: m for m in METHODS}, {m.name: m for m in REBASES}, {m.name: m for m in TUNES}
+    methods: dict[str, type[Method]] = {**encodes, **rebases, **tunes}
     if raw["method"] not in methods:
         near = difflib.get_close_matches(raw["method"], methods, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -299,14 +354,17 @@ def _step(raw: Mapping[str, Any], source: str) -> Step | Change:
     values: dict[str, Any] = {k: float(v) if hints[k] is float else v for k, v in settings.items()}
     if raw["method"] in rebases:
         return Change(raw["where"], rebases[raw["method"]](**values))
+    if raw["method"] in tunes:
+        return Tuning(raw["where"], tunes[raw["method"]](**values))
     quantizer, order = values.pop("activations", ""), values.pop("hadamard", 0)
+    average = values.pop("average_bits", 0.0)
     if quantizer not in ("", *ACTIVATIONS):
         near = difflib.get_close_matches(quantizer, ACTIVATIONS, n=2) or list(ACTIVATIONS)
         raise UsageError(f"{source}: activations = {quantizer!r}; expected {' or '.join(near)}")
-    return Step(raw["where"], encodes[raw["method"]](**values), quantizer, order)
+    return Step(raw["where"], encodes[raw["method"]](**values), quantizer, order, float(average))
 
 
-def method_fields(method: type[Encode | Rebase]) -> dict[str, Any]:
+def method_fields(method: type[Method]) -> dict[str, Any]:
     """Name -> type of the hyper-parameters of a method."""
     hints = get_type_hints(method)
     return {f.name: hints[f.name] for f in dataclasses.fields(method)}  # type: ignore[arg-type]

@@ -10,12 +10,15 @@ Shapes: O outputs, I inputs of a weight, L tokens of a sequence, V tokens of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from tersely.checkpoint import Checkpoint
 from tersely.errors import CheckpointError, UsageError
@@ -43,7 +46,7 @@ def fishers(
 def squared_gradients(
     network: nn.Module, graph: Graph, sequences: Sequence[Tensor], weights: Collection[str]
 ) -> dict[str, Tensor]:
-    """`fishers` of a model that is loaded, in float32 and eval mode; which of its parameters take gradients changes.
+    """`fishers` of a model that is loaded, in float32 and eval mode, which is left with no parameter taking gradients.
 
     UsageError: no sequences, or a model without a next-token loss; CheckpointError: a loss that is not finite.
     """
@@ -64,13 +67,12 @@ def squared_gradients(
                 add = _adding(fisher, wanted, len(sequences))
                 hooks.append(parameter.register_post_accumulate_grad_hook(add))  # type: ignore[no-untyped-call]
     try:
-        for i, ids_L in enumerate(sequences):
-            loss = _loss(network, graph, ids_L)
-            if not loss.isfinite():
-                raise CheckpointError(
-                    f"the loss of calibration sequence {i} is {float(loss.detach())}; the source is damaged"
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
+        with _recomputing(network, graph.units):
+            for i, ids_L in enumerate(sequences):
+                loss = _loss(network, graph, ids_L)
+                if not (value := loss.detach()).isfinite():
+                    raise CheckpointError(f"the loss of calibration sequence {i} is {value}; the source is damaged")
+                loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()
@@ -79,25 +81,25 @@ def squared_gradients(
 
 
 def fisher_bytes(graph: Graph, weights: Collection[str], tokens: int) -> int:
-    """Memory that `fishers` needs at most, about: the model and the results in float32, the gradient of one parameter
-    and what a sequence of `tokens` leaves behind for its gradients."""
-    chosen = [w for w in graph.weights if w.name in weights]
-    model = sum(_numel(piece) for unit in ("", *graph.units) for ps in graph.parameters(unit).values() for piece in ps)
-    largest = max(
-        sum(_numel(piece) for piece in pieces)
-        for unit in {w.unit for w in chosen}
-        for pieces in graph.parameters(unit).values()
-        if any(piece.weight.name in weights for piece in pieces)
-    )
-    left = 0
-    for unit in graph.units:
-        linear = [w for w in graph.unit(unit) if w.kind == "linear"]
-        experts = max(1, len({w.expert for w in linear} - {None}))
-        share = min(1.0, _EXPERTS_A_TOKEN / experts)
-        # Inputs and outputs of the weights, and as much again of norms, rotations and sums.
-        left += sum(round(2 * (w.rows + w.columns) * (1 if w.expert is None else share)) for w in linear)
-    vocabulary = 4 * (graph.size("tokens") or 0)
-    return 4 * (model + sum(w.rows * w.columns for w in chosen) + 2 * largest + tokens * (left + vocabulary))
+    """Memory that `fishers` needs at most, about: the model and the results in float32, the gradient of one parameter,
+    and for a sequence of `tokens` the inputs of all blocks, what one block leaves behind, and the logits."""
+    units = {unit: graph.parameters(unit) for unit in ("", *graph.units)}
+    parameters = [pieces for named in units.values() for pieces in named.values()]
+    wanted = [pieces for pieces in parameters if any(piece.weight.name in weights for piece in pieces)]
+    results = sum(_numel(piece) for pieces in wanted for piece in pieces if piece.weight.name in weights)
+    model = sum(_numel(piece) for pieces in parameters for piece in pieces)
+    gradient = max((sum(_numel(piece) for piece in pieces) for pieces in wanted), default=0)
+    left = len(graph.units) * graph.sizes["residual"] + 6 * (graph.size("tokens") or 0)
+    left += max(_left_behind(graph, unit) for unit in graph.units)
+    return 4 * (model + results + 2 * gradient + tokens * left)
+
+
+def _left_behind(graph: Graph, unit: str) -> int:
+    """Numbers that a block keeps of a token until its gradients are there."""
+    linear = [w for w in graph.unit(unit) if w.kind == "linear"]
+    share = min(1.0, _EXPERTS_A_TOKEN / max(1, len({w.expert for w in linear} - {None})))
+    # Inputs and outputs of the weights, and what norms, rotations, activation functions and gradients add.
+    return sum(round(6 * (w.rows + w.columns) * (1 if w.expert is None else share)) for w in linear)
 
 
 def _require_loss(graph: Graph) -> None:
@@ -119,6 +121,20 @@ def _loss(network: Any, graph: Graph, ids_L: Tensor) -> Tensor:
         return cross_entropy(logits_LV.float(), ids_BL[0])
     logits_LV = network(input_ids=ids_BL, use_cache=False).logits[0, :-1]
     return cross_entropy(logits_LV.float(), ids_BL[0, 1:])
+
+
+@contextmanager
+def _recomputing(network: nn.Module, units: Sequence[str]) -> Iterator[None]:
+    """Blocks keep only their inputs, and run again for their gradients: memory of one block instead of all."""
+    own = {unit: network.get_submodule(unit).forward for unit in units}
+    for unit, forward in own.items():
+        again = partial(recomputed, forward, use_reentrant=False, preserve_rng_state=False)
+        setattr(network.get_submodule(unit), "forward", again)  # noqa: B010 (mypy forbids to assign to a method)
+    try:
+        yield
+    finally:
+        for unit, forward in own.items():
+            setattr(network.get_submodule(unit), "forward", forward)  # noqa: B010
 
 
 def _adding(fisher: dict[str, Tensor], pieces: Sequence[Piece], sequences: int) -> Callable[[Tensor], None]:

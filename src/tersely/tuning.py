@@ -1,0 +1,42 @@
+"""Tuning what is encoded, the model as a whole: the engine's side of distill and pv."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tersely.codecs import Encoded
+from tersely.job import Job
+from tersely.methods.tune import tune_model
+from tersely.plan.recipe import Tuning
+from tersely.runtime import load_model
+from tersely.stored import Stored
+
+
+def tune_whole(
+    job: Job, stored: Stored, tunings: Sequence[Tuning], say: Callable[[str, float], None]
+) -> tuple[dict[str, Encoded], dict[str, Tensor], str]:
+    """Tune the encoded weights of a folder towards the model that was encoded.
+
+    Returns every encoded weight, on the CPU; the small vectors that were tuned, by stored name; and what was gained.
+    """
+    assert job.data is not None
+    encoded = {name: stored.encoded(name) for name in stored.entries}
+    vectors: dict[str, Tensor] = {}
+    notes = []
+    network = load_model(job.checkpoint.path, device=str(job.device), dtype=torch.float32)
+    for tuning in tunings:
+        method = tuning.method
+        assert not hasattr(method, "steps")
+        chosen = {w.name for w in job.graph.select(tuning.where)}
+        own: Mapping[str, Encoded] = {name: part for name, part in encoded.items() if name in chosen}
+        found = tune_model(network, job.graph, own, job.data.ids, method, seed=job.recipe.seed, progress=say)
+        encoded |= found.best.encoded
+        vectors |= {name: value.cpu() for name, value in found.best.vectors.items()}
+        notes.append(
+            f"{method.name}: KL from the source on held-out calibration text {found.before:.4g} before, "
+            f"{found.after:.4g} nats a token after"
+        )
+    return encoded, vectors, "; ".join(notes)
