@@ -70,7 +70,7 @@ def ours(model: Path, out: Path, recipe: str, *settings: str, calibration: str |
 def peer(python: str, model: Path, out: Path, method: str, bits: int, text: Path) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     script = str(HERE / "peers" / "llm_compressor.py")
-    options = ["--method", method, "--bits", str(bits), "--group", "64", "--text", str(text)]
+    options = ["--method", method, "--scheme", f"w{bits}a16", "--group", "64", "--text", str(text)]
     return run([python, script, str(model), str(out), *options], cwd=out.parent)
 
 
@@ -96,7 +96,7 @@ def quality(assets: Path, python: str | None, work: Path) -> list[dict[str, Any]
         for method in ("rtn", "gptq") if python else ():
             out = work / f"peer-{bits}-{method}"
             peer(str(python), model, out, method, bits, text)
-            folders[f"llm-compressor {method.upper()}, {bits} bits"] = out
+            folders[f"llm-compressor {method.upper()}, {bits} bits"] = out / "native"
     rows = []
     for name, folder in folders.items():
         against = ["--against", str(model)] if folder != model else []
@@ -132,8 +132,8 @@ def timing(assets: Path, python: str | None, work: Path, pairs: int) -> dict[str
         row = {"ours_wall": a["wall"], "ours_job": a["result"]["seconds"], "ours_peak": a["peak"]}
         if python:
             b = peer(python, model, work / "time-peer", "gptq", 4, text)
-            row |= {"peer_wall": b["wall"], "peer_job": b["result"]["job"], "peer_peak": b["peak"]}
-            row |= {"wall_ratio": b["wall"] / a["wall"], "job_ratio": b["result"]["job"] / a["result"]["seconds"]}
+            row |= {"peer_wall": b["wall"], "peer_job": b["result"]["seconds"], "peer_peak": b["peak"]}
+            row |= {"wall_ratio": b["wall"] / a["wall"], "job_ratio": b["result"]["seconds"] / a["result"]["seconds"]}
         print(json.dumps(row), flush=True)
         if number:  # the first pair warms the caches
             rows.append(row)

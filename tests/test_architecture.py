@@ -18,15 +18,16 @@ from tersely.families import families
 SOURCE = Path(tersely.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
-    ("errors",),
-    ("checkpoint", "families", "results", "runtime"),
+    ("errors", "registration"),
+    ("checkpoint", "families", "hadamard", "results"),
     ("graph", "writer", "calibrate", "codecs"),
     ("measure", "rebase", "stored"),
-    ("methods",),
+    ("methods", "runtime"),
     ("plan",),
     ("report", "rotation"),
     ("stream", "export", "encoding"),
-    ("fisher", "job"),
+    ("fisher",),
+    ("job",),
     ("allocation", "calibrated", "manifest", "tuning"),
     ("compression", "evaluation", "verify"),
     ("demo",),
@@ -61,6 +62,7 @@ VERBS = [
     "tasks",
     "generate",
     "verify",
+    "export",
     "families",
     "methods",
     "recipes",

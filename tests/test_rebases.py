@@ -30,7 +30,7 @@ from tests.tokens import write_text, write_tokenizer
 
 TEXT = Calibration(samples=16, context=40)
 TURNED = Recipe((Change("residual", Rotate()), Step("linear", RTN(bits=8, group=16))))
-NEAR = {"rtol": 0, "atol": 2e-4}
+NEAR = 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_rotated_model_computes_what_it_did(
 ) -> None:
     checkpoint = open_checkpoint(source(model_type))
     rotated = rotate(checkpoint, [Change(where, Rotate())], 0, tmp_path / "rotated", {}, resume=False)
-    torch.testing.assert_close(forward(rotated.path), forward(checkpoint.path), **NEAR)
+    torch.testing.assert_close(forward(rotated.path), forward(checkpoint.path), rtol=0, atol=NEAR)
     changed = [name for name in checkpoint if not torch.equal(rotated[name], checkpoint[name])]
     linear = [w.name for w in read_graph(checkpoint).weights if w.kind == "linear"]
     assert set(linear) <= set(changed)

@@ -16,6 +16,7 @@ from tersely.codecs.activations import layout
 from tersely.encoding import Format
 from tersely.errors import CheckpointError, UsageError
 from tersely.export import compressed_tensors
+from tersely.fisher import fisher_bytes
 from tersely.graph import Graph, read_graph
 from tersely.plan.cost import Cost, estimate
 from tersely.plan.recipe import Recipe, Step, assign, load_recipe, spaces
@@ -93,11 +94,13 @@ def prepare(
             f"--calibration {calibration} has no effect: no step of this recipe measures anything; leave it out, "
             "or take a recipe that does, such as w4a16-gptq"
         )
+    steep = [name for name, step in steps.items() if "fisher" in step.needs]
     cost = estimate(
         graph,
         steps,
         sequences=[len(ids_L) for ids_L in data.ids] if data else [],
         tunings=recipe.tunings,
+        gradients=fisher_bytes(graph, steep, max(map(len, data.ids))) if data and steep else 0,
         output=_output_bytes(checkpoint, graph, schemes, chosen),
         out=Path(out),
         dtype=dtype,

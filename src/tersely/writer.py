@@ -160,7 +160,7 @@ class Writer:
 
     def put(self, unit: str, tensors: Mapping[str, Tensor | Stored], facts: Mapping[str, Any]) -> None:
         """Stores a unit's tensors and its JSON-able facts in one durable step, in place of an earlier one."""
-        with self._writing(path := self._path(unit)), _replacing(path) as temporary:
+        with self._writing(path := self._path(unit)), replacing(path) as temporary:
             digest = _write(temporary, partial(write_safetensors, tensors=tensors, metadata=METADATA))
             record = json.dumps({"facts": facts, "sha256": digest}).encode()
             # The facts come first: the unit is done when its tensors have their name.
@@ -192,8 +192,10 @@ class Writer:
         merged = {name: self._merged(shard) for name, shard in shards.items()}
         index = {INDEX: _index(merged)} if len(shards) > 1 else {}
         for name in files:
-            if not is_plain_name(name) or name.endswith(".safetensors") or name == INDEX:
-                raise ValueError(f"{name!r} is not the plain name of a file beside the weights")
+            *folder, last_name = name.split("/", 1)
+            weights = not folder and (name.endswith(".safetensors") or name == INDEX)
+            if weights or not all(map(is_plain_name, (*folder, last_name))):
+                raise ValueError(f"{name!r} is not the plain name of a file beside the weights, or in a folder there")
         contents = {name: content for name, content in files.items() if not callable(content)}
         last = {name: content for name, content in files.items() if callable(content)}
         final = self.work / "final"
@@ -210,6 +212,7 @@ class Writer:
                     fill = partial(write_safetensors, tensors=merged[name], metadata=METADATA)
                     hashes[name] = _write(final / name, fill)
             for name, content in (contents | index | last).items():
+                (final / name).parent.mkdir(exist_ok=True)
                 data = content(dict(hashes)) if callable(content) else content
                 chunks = stream(data) if isinstance(data, Path) else [data]
                 hashes[name] = _write(final / name, partial(_pour, chunks=chunks))
@@ -386,7 +389,7 @@ def _write(path: Path, fill: Callable[[BinaryIO], str]) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to; then it takes the place of `path` in one step: never a part is there."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -400,14 +403,14 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _replace(path: Path, fill: Callable[[BinaryIO], str]) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         _write(temporary, fill)
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file whole: a reader sees the old one or the new one. Raises OutputError: it cannot be written."""
     try:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             _write(temporary, partial(_pour, chunks=[content]))
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error

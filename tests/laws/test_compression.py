@@ -133,7 +133,7 @@ def test_a_measured_job_loads_as_the_model_that_it_had_in_memory(
         data.extend(batches)
         return stream(checkpoint, graph, batches, logits=logits, **settings)
 
-    monkeypatch.setattr("tersely.compression.stream", watched)
+    monkeypatch.setattr("tersely.calibrated.stream", watched)
     path = source(model_type)
     report = compress(path, MEASURED[name], tmp_path / "out", calibration=text, format=format_of(model_type))
     loaded = logits_of(tmp_path / "out", data, one_by_one=model_type in EXPERTS)

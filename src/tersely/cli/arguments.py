@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _tasks(verbs)
     _generate(verbs)
     _verify(verbs)
+    _export(verbs)
     _verb(verbs, "families", tables.families, "List the model families that tersely knows.")
     _verb(verbs, "methods", tables.methods, "List the compression methods and their settings.")
     _verb(verbs, "recipes", tables.recipes, "List the recipes that come with tersely.")
@@ -103,13 +104,34 @@ def _compress(verbs: Verbs) -> None:
         "--format",
         choices=("auto", "compressed-tensors", "tersely", "dense"),
         default="auto",
-        help="dense: an ordinary checkpoint of the same size, with the compressed values",
+        help="auto: compressed-tensors, which engines load as it is, wherever it can say what was done, else tersely, "
+        "which transformers loads after `import tersely`; dense: an ordinary checkpoint of the same size, with the "
+        "compressed values",
     )
     _device(made)
     made.add_argument("--seed", type=int, metavar="N", help="of all choices made by chance (default: the recipe's)")
     made.add_argument("--resume", action="store_true", help="continue a job that was stopped or killed")
     made.add_argument(
         "--dry-run", action="store_true", help="check everything and print the expected cost, write nothing"
+    )
+
+
+def _export(verbs: Verbs) -> None:
+    made = _verb(
+        verbs,
+        "export",
+        models.export,
+        "Write a compressed model in the form that another engine loads. No weight is rounded again where the form can "
+        "hold it as it is; what had to be rounded is said.",
+        model="a folder that `tersely compress` wrote (for gguf, any checkpoint)",
+        out="the file (gguf) or folder to write; it appears only when it is whole",
+    )
+    made.add_argument(
+        "--to",
+        required=True,
+        choices=("gguf", "compressed-tensors", "adapter", "hf"),
+        help="gguf: a file for llama.cpp; compressed-tensors: for transformers and vLLM; adapter: the same, with "
+        "low-rank parts as a PEFT adapter beside it; hf: an ordinary checkpoint with the compressed values",
     )
 
 

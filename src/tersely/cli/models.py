@@ -103,6 +103,18 @@ def verify(options: argparse.Namespace) -> None:
     show(options, dataclasses.asdict(result), lambda: text)
 
 
+def export(options: argparse.Namespace) -> None:
+    from tersely.export.folder import export_folder
+    from tersely.export.gguf import write_gguf
+
+    if options.to == "gguf":
+        report = write_gguf(options.model, options.out)
+        show(options, json.loads(report.to_json()), lambda: "\n".join(report.lines()))
+    else:
+        export_folder(options.model, options.out, options.to)
+        show(options, {"out": options.out, "to": options.to}, lambda: f"wrote {options.out}")
+
+
 def demo(options: argparse.Namespace) -> None:
     from tersely.demo import run_demo
     from tersely.demo.terminal import demo_page

@@ -32,20 +32,21 @@ def families(options: argparse.Namespace) -> None:
 
 
 def methods(options: argparse.Namespace) -> None:
-    from tersely.methods import METHODS
+    from tersely.methods import METHODS, REBASES, TUNES
     from tersely.plan.recipe import method_fields
     from tersely.report.terminal import table
 
     rows = [
         (
             m.name,
-            ", ".join(sorted(m().needs)) or "nothing",
+            stage,
             " ".join((m.__doc__ or "").split("\n")[0].split()),
             ", ".join(f"{name}={getattr(m, name)!r}" for name in method_fields(m)),
         )
-        for m in METHODS
+        for stage, methods in (("basis", REBASES), ("encode", METHODS), ("tune", TUNES))
+        for m in methods
     ]
-    headers = ("method", "measures", "what it does", "settings")
+    headers = ("method", "stage", "what it does", "settings")
     show(options, [dict(zip(headers, row, strict=True)) for row in rows], lambda: table(headers, rows, left=4))
 
 

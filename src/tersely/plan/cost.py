@@ -80,12 +80,17 @@ def estimate(
     *,
     sequences: Sequence[int],
     tunings: Sequence[Tuning],
+    gradients: int,
     output: int,
     out: Path,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Cost:
-    """Expected peak and duration of a job; tokens of each sequence of calibration text, `output` bytes of weights."""
+    """Expected peak and duration of a job.
+
+    sequences: tokens of each sequence of calibration text. gradients: memory that measuring those of the loss needs;
+    0: they are not measured. output: bytes of the finished weights.
+    """
     tokens = sum(sequences)
     blocks = [graph.unit(u) for u in graph.units]
     numel = {u: sum(_numel(w) for w in graph.unit(u)) for u in graph.units}
@@ -113,6 +118,9 @@ def estimate(
         experts = _expert_grams(graph, steps)
         grams = max(4 * columns * columns * 2, experts)
         working = max(numel.values()) * dtype.itemsize + hidden + max(held, inside) + grams + encoded
+        working = max(working, gradients)
+        if gradients:
+            seconds += 8 * tokens * sum(numel.values()) / _flops_per_second(device)
         lookup = tokens * graph.sizes["residual"] * 8
         memory = _LIBRARIES_MEASURED + max(working, lookup, copied)
         on_device = working if device.type != "cpu" else 0

@@ -273,6 +273,12 @@ def assign(recipe: Recipe, graph: Graph) -> dict[str, Step]:
         except UsageError as error:
             place = f"{weight.path}, block {weight.block}" if weight.block is not None else weight.path
             raise UsageError(f"{error} ({place})") from error
+    for name, step in chosen.items():
+        if "fisher" in step.needs and (step.hadamard or any(change.needs for change in recipe.changes)):
+            raise UsageError(
+                f"{step.method.name} measures gradients in the basis of the source: leave out hadamard, smooth and awq "
+                f"({name}; rotate may stay)"
+            )
     for tuning in recipe.tunings:
         if missing := [w.name for w in graph.select(tuning.where) if w.name not in chosen]:
             raise UsageError(

@@ -18,7 +18,7 @@ from tersely.errors import UsageError
 from tersely.measure import Statistics
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
-from tersely.methods.encode.sweep import Factor, factorize, sweep
+from tersely.methods.encode.sweep import Factor, prepare, sweep
 from tersely.methods.protocol import Work
 
 _CHUNK = 1 << 19
@@ -78,14 +78,11 @@ class Bipolar:
             nearest = RTN(bits=self.bits, group=self.group, symmetric=symmetric, clip="mse")
             encoded = (self._gptq() if self.rounding == "gptq" else nearest)(weight_OI, stats)
             return Encoded(tuple(planes_of(p) for p in encoded.parts if isinstance(p, Integers)), encoded.note)
-        factor, note = None, ""
+        factor, importance, note = None, None, ""
         if self.rounding == "gptq":
-            factor, note = prepare(
+            factor, importance, note = prepare(
                 stats, damping=self.damping, act_order=self.act_order, minimum_tokens=self.minimum_tokens
             )
-        gram = stats.gram_II
-        enough = gram is not None and stats.tokens >= max(1, self.minimum_tokens * len(gram))
-        importance = gram.diagonal() / stats.tokens if gram is not None and enough else None
         scale = fit_scale(weight_OI, bits=self.bits, group=self.group, importance_I=importance)
         if factor is None:
             codes = nearest_codes(weight_OI.float(), scale, self.bits)
@@ -102,18 +99,6 @@ class Bipolar:
             act_order=self.act_order,
             minimum_tokens=self.minimum_tokens,
         )
-
-
-def prepare(stats: Statistics, *, damping: float, act_order: bool, minimum_tokens: float) -> tuple[Factor | None, str]:
-    """What a sweep needs, or None where it must not be made, and what the user should know of it."""
-    gram, columns = stats.gram_II, stats.columns
-    if gram is None or stats.tokens < minimum_tokens * columns:
-        few = f"{stats.tokens} calibration tokens for {columns} inputs, fewer than {minimum_tokens:g} per input"
-        return None, f"{few}: rounded to nearest"
-    factor = factorize(gram, damping=damping, act_order=act_order)
-    if factor is None:
-        return None, "the Gram matrix has no Cholesky factor with damping up to 1: rounded to nearest"
-    return factor, "" if factor.damping == damping else f"damping raised to {factor.damping:g}"
 
 
 def fit_scale(weight_OI: Tensor, *, bits: int, group: int, importance_I: Tensor | None) -> Tensor:

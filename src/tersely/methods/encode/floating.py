@@ -16,7 +16,7 @@ from tersely.codecs.floats import FloatForm, Floats, round_to_floats
 from tersely.errors import UsageError
 from tersely.measure import Statistics
 from tersely.methods.encode.gptq import GPTQ
-from tersely.methods.encode.sweep import Factor, factorize, sweep
+from tersely.methods.encode.sweep import Factor, prepare, sweep
 from tersely.methods.protocol import Work
 
 Rounding = Literal["nearest", "gptq"]
@@ -60,21 +60,11 @@ def round_weight(
     Where too few tokens were measured for a sweep, or the factorization fails, the note says that the weight was
     rounded to nearest.
     """
-    gram, columns = stats.gram_II, weight_OI.shape[1]
     factor, importance, note = None, None, ""
     if rounding == "gptq":
-        if gram is None or stats.tokens < GPTQ.minimum_tokens * columns:
-            note = (
-                f"{stats.tokens} calibration tokens for {columns} inputs, fewer than {GPTQ.minimum_tokens:g} per "
-                "input: rounded to nearest"
-            )
-        else:
-            importance = gram.diagonal() / stats.tokens
-            factor = factorize(gram, damping=GPTQ.damping, act_order=GPTQ.act_order)
-            if factor is None:
-                note = "the Gram matrix has no Cholesky factor with damping up to 1: rounded to nearest"
-            elif factor.damping != GPTQ.damping:
-                note = f"damping raised to {factor.damping:g}"
+        factor, importance, note = prepare(
+            stats, damping=GPTQ.damping, act_order=GPTQ.act_order, minimum_tokens=GPTQ.minimum_tokens
+        )
     scale, divisor = fit(importance)
     if factor is None:
         return Encoded((round_to_floats(weight_OI, scale, divisor, form),), note)

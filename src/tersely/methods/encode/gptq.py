@@ -15,7 +15,7 @@ from tersely.codecs import Encoded, IntegerForm
 from tersely.codecs.integer import SHRINKS, Clip, Integers, check_grid, check_group, fit_grid, round_to_grid
 from tersely.errors import UsageError
 from tersely.measure import Statistics
-from tersely.methods.encode.sweep import Factor, factorize, sweep
+from tersely.methods.encode.sweep import Factor, prepare, sweep
 from tersely.methods.protocol import Work
 
 _SWEEP_ELEMENTS = 1 << 24
@@ -66,10 +66,10 @@ class GPTQ:
         return Work(flops=flops, passes=SHRINKS if self.clip == "mse" else 1, loops=columns)
 
     def __call__(self, weight_OI: Tensor, stats: Statistics) -> Encoded:
-        gram = stats.gram_II
-        columns = weight_OI.shape[1]
         (form,) = self.forms(*weight_OI.shape)
-        enough = gram is not None and stats.tokens >= self.minimum_tokens * columns
+        factor, importance, note = prepare(
+            stats, damping=self.damping, act_order=self.act_order, minimum_tokens=self.minimum_tokens
+        )
         scale, zero = fit_grid(
             weight_OI,
             bits=self.bits,
@@ -77,21 +77,12 @@ class GPTQ:
             symmetric=self.symmetric,
             clip=self.clip,
             scale_dtype=weight_OI.dtype,
-            importance_I=gram.diagonal() / stats.tokens if gram is not None and enough else None,
+            importance_I=importance,
         )
-        if gram is None or not enough:
-            note = (
-                f"{stats.tokens} calibration tokens for {columns} inputs, fewer than {self.minimum_tokens:g} per "
-                "input: rounded to nearest"
-            )
-            return Encoded((round_to_grid(weight_OI, scale, zero, form),), note)
-        factor = factorize(gram, damping=self.damping, act_order=self.act_order)
         if factor is None:
-            note = "the Gram matrix has no Cholesky factor with damping up to 1: rounded to nearest"
             return Encoded((round_to_grid(weight_OI, scale, zero, form),), note)
-        note = "" if factor.damping == self.damping else f"damping raised to {factor.damping:g}"
         codes = torch.empty(weight_OI.shape, dtype=torch.uint8, device=weight_OI.device)
-        step = max(1, _SWEEP_ELEMENTS // columns)
+        step = max(1, _SWEEP_ELEMENTS // weight_OI.shape[1])
         for a in range(0, len(codes), step):
             rows = slice(a, a + step)
             codes[rows] = swept_codes(

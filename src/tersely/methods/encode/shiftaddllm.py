@@ -19,8 +19,7 @@ from tersely.codecs import Encoded
 from tersely.codecs.binary import Binary, BinaryForm, Powers, snap
 from tersely.errors import UsageError
 from tersely.measure import Statistics
-from tersely.methods.encode.bipolar import prepare
-from tersely.methods.encode.sweep import Factor, factorize, sweep
+from tersely.methods.encode.sweep import Factor, factorize, prepare, sweep
 from tersely.methods.protocol import Work
 
 Mode = Literal["accuracy", "latency"]
@@ -148,11 +147,14 @@ class ShiftAddLLM:
     def _factor(self, stats: Statistics) -> tuple[Factor | None, str]:
         """In latency mode with the inputs of a block side by side, the blocks by the sums of their mean squares."""
         if self.mode == "accuracy" or not self.act_order or stats.gram_II is None:
-            return prepare(stats, damping=self.damping, act_order=self.act_order, minimum_tokens=self.minimum_tokens)
+            factor, _, note = prepare(
+                stats, damping=self.damping, act_order=self.act_order, minimum_tokens=self.minimum_tokens
+            )
+            return factor, note
         blocks = stats.gram_II.diagonal().view(-1, _BLOCK).sum(1).argsort(descending=True, stable=True)
         order = (blocks[:, None] * _BLOCK + torch.arange(_BLOCK, device=blocks.device)).flatten()
         ordered = dataclasses.replace(stats, gram_II=stats.gram_II[order[:, None], order])
-        factor, note = prepare(ordered, damping=self.damping, act_order=False, minimum_tokens=self.minimum_tokens)
+        factor, _, note = prepare(ordered, damping=self.damping, act_order=False, minimum_tokens=self.minimum_tokens)
         return factor and dataclasses.replace(factor, order_I=order), note
 
 

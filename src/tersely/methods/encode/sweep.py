@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tersely.measure import Statistics
+
 _BLOCK = 128
 _INNER = 16
 _PANEL = 512
@@ -58,6 +60,23 @@ def factorize(gram_II: Tensor, *, damping: float, act_order: bool) -> Factor | N
         if damping >= 1:
             return None
         damping = min(damping * 10, 1.0)
+
+
+def prepare(
+    stats: Statistics, *, damping: float, act_order: bool, minimum_tokens: float
+) -> tuple[Factor | None, Tensor | None, str]:
+    """What a sweep needs, or None where it must not be made; the mean square of each input, where enough tokens say so;
+    and what the user should know of it."""
+    gram, columns = stats.gram_II, stats.columns
+    if gram is None or stats.tokens < max(1, minimum_tokens * columns):
+        few = f"{stats.tokens} calibration tokens for {columns} inputs, fewer than {minimum_tokens:g} per input"
+        return None, None, f"{few}: rounded to nearest"
+    importance_I = gram.diagonal() / stats.tokens
+    factor = factorize(gram, damping=damping, act_order=act_order)
+    if factor is None:
+        note = "the Gram matrix has no Cholesky factor with damping up to 1: rounded to nearest"
+        return None, importance_I, note
+    return factor, importance_I, "" if factor.damping == damping else f"damping raised to {factor.damping:g}"
 
 
 def sweep(weight_OI: Tensor, factor: Factor, rounded: Callable[[int, Tensor], Tensor]) -> None:

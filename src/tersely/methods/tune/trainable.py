@@ -6,10 +6,10 @@ smooth stand-in ("straight-through", Bengio et al., arXiv 1308.3432).
 Two kinds of tensors move, both without units, so that one rate suits every weight:
 
 - latents: where a code would lie if it were a real number, in steps of its grid. `settle` moves codes towards them.
-- values: relative changes of scales and codebooks, and changes of real zero points in steps of the grid.
+- values: relative changes of scales, tables and codebooks, and of real zero points in steps of the grid.
 
 Shapes: O outputs, I inputs, G groups per row, g inputs of a group, R rows of scales; V inputs in a vector, N vectors
-per row, M codebooks, K entries of each.
+per row, M codebooks, K entries of each or of a table.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tersely.codecs import Encoded, Integers, Part
 from tersely.codecs.affine import Affine
+from tersely.codecs.codebook import Lookup, nearest_labels
 from tersely.codecs.ternary import Ternary
 from tersely.codecs.vectors import Vectors, sum_entries
 from tersely.methods.encode.aqlm import nearest_entries
@@ -58,7 +59,7 @@ def trainable(encoded: Encoded, weight_OI: Tensor, reach: float = math.inf) -> t
 
     weight_OI: what was encoded; latents begin as near to it as they can without leaving their codes.
     reach: how far latents may go from there; where it is finite, a scale that grows takes codes towards zero with it.
-    Parts of other forms than integers, affine integers, trits and vectors stay as they are.
+    Parts of other forms than integers, affine integers, trits, vectors and tables stay as they are.
     """
     decoded = [part.decode().float() for part in encoded.parts]
     views: list[Trainable] = []
@@ -68,6 +69,8 @@ def trainable(encoded: Encoded, weight_OI: Tensor, reach: float = math.inf) -> t
             views.append(Grid(part, weight_OI.float() - others, reach))
         elif isinstance(part, Vectors):
             views.append(Codebooks(part, weight_OI.float() - others))
+        elif isinstance(part, Lookup):
+            views.append(Tables(part, weight_OI.float() - others))
         else:
             views.append(Fixed(part))
     return tuple(views)
@@ -216,6 +219,47 @@ class Codebooks:
         books = self.books().detach().to(part.codebooks_MKV.dtype)
         scale = (self._scale_O1 * (1 + self._grown_O1.detach())).to(part.scale_O1.dtype)
         return replace(part, codes_ONM=self._codes_ONM.clone(), codebooks_MKV=books, scale_O1=scale)
+
+
+@final
+class Tables:
+    """Labels into a table of values for each output. Latents are copies of the weights, which begin at their values."""
+
+    def __init__(self, part: Lookup, weight_OI: Tensor) -> None:
+        self._part = part
+        self._table_OK, self._labels_OI = part.table_OK.float(), part.labels_OI.long()
+        self._size_O1 = self._table_OK.square().mean(1, keepdim=True).sqrt()
+        self._start_OI = self._table_OK.gather(1, self._labels_OI)
+        lost_O1 = (weight_OI - self._start_OI).square().mean(1, keepdim=True).sqrt()
+        self._step_O1 = torch.where(lost_O1 == 0, 1, lost_O1 * _UNIFORM)
+        self._moved_OI = torch.zeros_like(self._start_OI, requires_grad=True)
+        self._shifted_OK = torch.zeros_like(self._table_OK, requires_grad=True)
+        self.latents: tuple[Tensor, ...] = (self._moved_OI,)
+        self.values: tuple[Tensor, ...] = (self._shifted_OK,)
+
+    def table(self) -> Tensor:
+        return self._table_OK + self._size_O1 * self._shifted_OK
+
+    def smooth(self) -> Tensor:
+        passed = self._step_O1 * (self._moved_OI - self._moved_OI.detach())
+        return self.table().gather(1, self._labels_OI) + passed
+
+    @torch.no_grad()
+    def settle(self, limit: float, forget: float) -> None:
+        ascending, order = self.table().sort(1)
+        latent = self._start_OI + self._step_O1 * self._moved_OI
+        wanted = order.gather(1, nearest_labels(latent, ascending).long())
+        distance = (latent - self.table().gather(1, self._labels_OI)).abs() / self._step_O1
+        distance[(wanted == self._labels_OI) | (self._moved_OI == 0)] = 0
+        moves = farthest(distance.flatten(), limit).view(distance.shape)
+        self._labels_OI = torch.where(moves, wanted, self._labels_OI)
+        if forget:
+            latent += forget * (self.table().gather(1, self._labels_OI) - latent)
+            self._moved_OI.copy_((latent - self._start_OI) / self._step_O1)
+
+    def part(self) -> Lookup:
+        table = self.table().detach().to(self._part.table_OK.dtype)
+        return replace(self._part, labels_OI=self._labels_OI.to(torch.uint8), table_OK=table)
 
 
 @final
