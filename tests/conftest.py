@@ -1,7 +1,9 @@
 """Options and fixtures of all tests."""
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +28,10 @@ def assets(request: pytest.FixtureRequest) -> Path:
     if not (folder / "models").is_dir() or not (folder / "data").is_dir():
         pytest.skip(f"assets folder {folder} not found: pass --assets=PATH")
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    """tests.llama.LlamaFile; skips the test where llama.cpp is not installed."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make test builds it")
+    return importlib.import_module("tests.llama").LlamaFile

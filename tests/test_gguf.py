@@ -251,6 +251,19 @@ def test_a_model_that_llama_cpp_does_not_run_is_an_error(
     assert not list(tmp_path.glob("model.gguf*"))
 
 
+def test_what_inputs_went_through_is_said_or_undone(tmp_path: Path, llama: Any) -> None:
+    source, recipe = tiny("llama", tmp_path / "source"), tmp_path / "recipe.toml"
+    step = {"where": "linear", "method": "rtn", "bits": 8, "group": 32, "hadamard": 32, "activations": "int8"}
+    recipe.write_text("[[steps]]\n" + "".join(f"{key} = {value!r}\n" for key, value in step.items()))
+    compress(source, recipe, tmp_path / "own", format="tersely")
+    report = write_gguf(tmp_path / "own", tmp_path / "own.gguf")
+    assert report.notes == ("inputs of weights were quantized (int8); llama.cpp quantizes them as it does",)
+    assert {tensor.reason for tensor in report.tensors if not tensor.kept} == {
+        "no type holds integers behind a Hadamard matrix; Q8_0 is the nearest"
+    }
+    assert error(theirs(llama, tmp_path / "own.gguf", "llama"), forward(source)) < EIGHT_BITS
+
+
 def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("mine")
     with pytest.raises(OutputError, match="never overwrites"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -101,11 +102,12 @@ def sentencepiece(prepend: bool) -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
+    words = [f"\u2581{word}" for text in TEXTS[1:6] for word in text.split(" ")]
+    pieces = sorted({word[a : a + n] for word in words for n in (1, 2, 3, 5) for a in range(len(word) - n + 1)})
+    draw = random.Random(0)
+    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, draw.uniform(-12, -3)) for piece in pieces)]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(TEXTS[1:6] * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer
 

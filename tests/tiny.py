@@ -33,6 +33,7 @@ _CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("CausalLM", _BLOCKS, _LLAMA),
     # The head size is not hidden_size / num_attention_heads here, as in Qwen3-0.6B.
     "qwen3": ("CausalLM", _BLOCKS, {**_LLAMA, "head_dim": 32}),
+    "gemma": ("CausalLM", _BLOCKS, {**_LLAMA, "head_dim": HEAD}),
     "gemma2": (
         "CausalLM",
         _BLOCKS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -26,80 +26,7 @@ def model_section(dossiers: Sequence[Dossier]) -> dict[str, Any]:
     for d in dossiers:
         if d.evaluation and d.evaluation.text and d.evaluation.text.divergence:
             (comparable if text and _same_text(main, d.evaluation) else unlike).append(d)
-    figures = []
-    sized = [d for d in comparable if _bytes(d)]
-    if len(sized) > 1:
-        dots = [_dot(d, numbers[id(d)], _kl(d), 1, d is dossiers[0]) for d in sized]
-        bases = {(d.report.bytes_before) for d in sized if d.report}
-        mark = (float(bases.pop()), "the original") if len(bases) == 1 else None
-        title = "Size and KL divergence"
-        svg = scatter(
-            "pareto-kl",
-            title,
-            dots,
-            x_label="bytes of the weights",
-            y_label="KL divergence, nats a token",
-            x_tick=size,
-            y_tick=number,
-            smaller_is_better=True,
-            mark=mark,
-        )
-        note = "Down and left is better. The stepped line is the Pareto front: no model shown is both smaller and "
-        note += "closer to the base. Whiskers: 95 % intervals."
-        figures.append(Figure(title, note, Markup(svg)))
-    small: list[Figure] = []
-    for task in _shared_tasks(dossiers)[:MOST_PICTURES]:
-        found = [(d, t) for d in dossiers for t in [_task(d, task)] if t is not None and _bytes(d)]
-        factor, unit = scale(task)
-        title = f"Size and {short(task.title or task.name, 60)}"
-        dots = [_dot(d, numbers[id(d)], t.value, factor, d is dossiers[0]) for d, t in found]
-        svg = scatter(
-            f"pareto-task-{len(small)}",
-            title,
-            dots,
-            x_label="bytes of the weights",
-            y_label=short(f"{task.metric}{',' + unit if unit else ''}", 40),
-            x_tick=size,
-            y_tick=number,
-            smaller_is_better=not task.higher_is_better,
-            small=True,
-        )
-        small.append(Figure(title, "", Markup(svg)))
-    body = []
-    for d in dossiers:
-        e = d.evaluation
-        moved = e.text.divergence if e and e.text else None
-        alike = d in comparable
-        speed = next(iter(pairs(d)), (None, None))[0]
-        decode = (
-            min((p for p in speed.points if p.phase == "decode"), key=lambda p: (p.batch, p.length), default=None)
-            if speed
-            else None
-        )
-        outcomes = [c.outcome for c in e.comparisons] if e else []
-        body.append(
-            (
-                Cell(f"{numbers[id(d)]}. {short(d.name or '(no name)', 80)}", short(d.format or "", 40), wraps=True),
-                Cell(
-                    size(_bytes(d)) if _bytes(d) else "", times_smaller(d.report) if d.report else "", order=_bytes(d)
-                ),
-                Cell(f"{d.report.bits:.2f}" if d.report and d.report.parameters else ""),
-                measured(moved.kl) if moved and alike else Cell("other data" if moved else ""),
-                measured(moved.loss_difference, sign=True) if moved and alike else Cell(""),
-                measured(moved.top1_agreement, 100, " %") if moved and alike else Cell(""),
-                Cell(
-                    f"{outcomes.count('worse')} / {outcomes.count('better')} / {outcomes.count('no difference shown')}"
-                    if outcomes
-                    else ""
-                ),
-                Cell(
-                    number(decode.tokens_per_second, 4) if decode else "",
-                    f"{speed.engine}, {threads(speed.setting)}, {short(speed.format, 40)}" if speed and decode else "",
-                    wraps=True,
-                ),
-                Cell(size(speed.memory_peak) if speed else ""),
-            )
-        )
+    tasks = _shared_tasks(dossiers)
     headers = (
         "model",
         "weights",
@@ -111,27 +38,99 @@ def model_section(dossiers: Sequence[Dossier]) -> dict[str, Any]:
         "decode, tokens/s",
         "peak memory",
     )
-    tasks = _shared_tasks(dossiers)
+    rows = tuple(_row(d, numbers[id(d)], d in comparable) for d in dossiers)
+    return {
+        "count": len(dossiers),
+        "figures": _divergence_figures(dossiers, comparable, numbers),
+        "small": [_task_figure(dossiers, task, place, numbers) for place, task in enumerate(tasks[:MOST_PICTURES])],
+        "table": Table("Models", headers, rows, sortable=True, broad=True),
+        "tasks": _task_table(dossiers, tasks, numbers) if tasks else None,
+        "unlike": [_name(d) for d in unlike],
+        "unmeasured": [_name(d) for d in dossiers if not (d.evaluation and d.evaluation.text)],
+    }
+
+
+def _divergence_figures(
+    dossiers: Sequence[Dossier], comparable: Sequence[Dossier], numbers: Mapping[int, str]
+) -> list[Figure]:
+    """Size against KL, where two models or more have both."""
+    sized = [d for d in comparable if _bytes(d)]
+    if len(sized) < 2:
+        return []
+    bases = {d.report.bytes_before for d in sized if d.report}
+    title = "Size and KL divergence"
+    svg = scatter(
+        "pareto-kl",
+        title,
+        [_dot(d, numbers[id(d)], _kl(d), 1, d is dossiers[0]) for d in sized],
+        x_label="bytes of the weights",
+        y_label="KL divergence, nats a token",
+        x_tick=size,
+        y_tick=number,
+        smaller_is_better=True,
+        mark=(float(bases.pop()), "the original") if len(bases) == 1 else None,
+    )
+    note = "Down and left is better. The stepped line is the Pareto front: no model shown is both smaller and "
+    note += "closer to the base. Whiskers: 95 % intervals."
+    return [Figure(title, note, Markup(svg))]
+
+
+def _task_figure(dossiers: Sequence[Dossier], task: TaskResult, place: int, numbers: Mapping[int, str]) -> Figure:
+    """Size against the score of a task."""
+    found = [(d, t) for d in dossiers for t in [_task(d, task)] if t is not None and _bytes(d)]
+    factor, unit = scale(task)
+    title = f"Size and {short(task.title or task.name, 60)}"
+    svg = scatter(
+        f"pareto-task-{place}",
+        title,
+        [_dot(d, numbers[id(d)], t.value, factor, d is dossiers[0]) for d, t in found],
+        x_label="bytes of the weights",
+        y_label=short(f"{task.metric}{',' + unit if unit else ''}", 40),
+        x_tick=size,
+        y_tick=number,
+        smaller_is_better=not task.higher_is_better,
+        small=True,
+    )
+    return Figure(title, "", Markup(svg))
+
+
+def _row(dossier: Dossier, place: str, alike: bool) -> tuple[Cell, ...]:
+    """A model in the table of all. alike: whether its divergence may stand beside the others'."""
+    d, e, report = dossier, dossier.evaluation, dossier.report
+    moved = e.text.divergence if e and e.text else None
+    speed = next(iter(pairs(d)), (None, None))[0]
+    points = [p for p in speed.points if p.phase == "decode"] if speed else []
+    decode = min(points, key=lambda p: (p.batch, p.length), default=None)
+    outcomes = [c.outcome for c in e.comparisons] if e else []
+    counts = " / ".join(str(outcomes.count(o)) for o in ("worse", "better", "no difference shown"))
+    how = f"{speed.engine}, {threads(speed.setting)}, {short(speed.format, 40)}" if speed and decode else ""
+    return (
+        Cell(f"{place}. {_name(d)}", short(d.format or "", 40), wraps=True),
+        Cell(size(_bytes(d)) if _bytes(d) else "", times_smaller(report) if report else "", order=_bytes(d)),
+        Cell(f"{report.bits:.2f}" if report and report.parameters else ""),
+        measured(moved.kl) if moved and alike else Cell("other data" if moved else ""),
+        measured(moved.loss_difference, sign=True) if moved and alike else Cell(""),
+        measured(moved.top1_agreement, 100, " %") if moved and alike else Cell(""),
+        Cell(counts if outcomes else ""),
+        Cell(number(decode.tokens_per_second, 4) if decode else "", how, wraps=True),
+        Cell(size(speed.memory_peak) if speed else ""),
+    )
+
+
+def _task_table(dossiers: Sequence[Dossier], tasks: Sequence[TaskResult], numbers: Mapping[int, str]) -> Table:
     scores = [
         (
-            Cell(f"{numbers[id(d)]}. {short(d.name or '(no name)', 80)}"),
+            Cell(f"{numbers[id(d)]}. {_name(d)}"),
             *(measured(t.value, *scale(t)) if (t := _task(d, task)) else Cell("") for task in tasks),
         )
         for d in dossiers
     ]
-    return {
-        "count": len(dossiers),
-        "figures": figures,
-        "small": small,
-        "table": Table("Models", headers, tuple(body), sortable=True, broad=True),
-        "tasks": Table(
-            "Tasks", ("model", *(short(t.title or t.name, 60) for t in tasks)), tuple(scores), sortable=True, broad=True
-        )
-        if tasks
-        else None,
-        "unlike": [short(d.name or "(no name)", 80) for d in unlike],
-        "unmeasured": [short(d.name or "(no name)", 80) for d in dossiers if not (d.evaluation and d.evaluation.text)],
-    }
+    headers = ("model", *(short(t.title or t.name, 60) for t in tasks))
+    return Table("Tasks", headers, tuple(scores), sortable=True, broad=True)
+
+
+def _name(dossier: Dossier) -> str:
+    return short(dossier.name or "(no name)", 80)
 
 
 def _same_text(one: Evaluation | None, other: Evaluation) -> bool:
@@ -159,8 +158,7 @@ def _bytes(dossier: Dossier) -> int:
 
 def _dot(dossier: Dossier, place: str, estimate: Estimate, factor: float, main: bool) -> Dot:
     e = estimate
-    name = short(dossier.name or "(no name)", 80)
-    return Dot(name, place, float(_bytes(dossier)), e.value * factor, e.low * factor, e.high * factor, main)
+    return Dot(_name(dossier), place, float(_bytes(dossier)), e.value * factor, e.low * factor, e.high * factor, main)
 
 
 def _task(dossier: Dossier, wanted: TaskResult) -> TaskResult | None:
