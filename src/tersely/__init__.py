@@ -11,6 +11,8 @@ Names are imported when they are first used, so that `tersely --help` does not w
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tersely.registration import when_imported
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -59,6 +61,13 @@ __all__ = [
     "open",
     "speed",
 ]
+
+
+def _register() -> None:
+    import_module("tersely.runtime.quantizer").register()
+
+
+when_imported("transformers.quantizers.auto", _register)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,395 @@
+"""Weights that stay packed in memory: a tensor that holds what is stored and decodes when it multiplies.
+
+It stands where a dense parameter stood, so that linear layers, GPT-2's Conv1D and stacked experts are one case and no
+module of a model is replaced. With inputs x that go through an entrance (Hadamard product, then rounding to x_hat):
+
+    y = x_hat W^T + (x - x_hat) F^T
+
+W being the sum of all parts, F of those that meet the inputs before they are rounded. This is what `compress` has in
+memory, operation by operation, so the results are equal bit for bit. Nothing that is decoded is kept.
+
+Shapes: O outputs, I inputs, E experts (slots of a stacked parameter), ... leading axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from tersely.codecs.entrance import Entrance
+from tersely.hadamard import hadamard
+from tersely.stored import Entry
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """An encoded weight as it lies."""
+
+    name: str
+    entry: Entry
+    leaves: Mapping[str, Tensor]
+    """Its stored tensors, by leaf."""
+
+    def to(self, device: torch.device) -> Held:
+        return replace(self, leaves={leaf: tensor.to(device) for leaf, tensor in self.leaves.items()})
+
+    def copied(self) -> Held:
+        return replace(self, leaves={leaf: tensor.clone() for leaf, tensor in self.leaves.items()})
+
+    @property
+    def entrance(self) -> Entrance:
+        return self.entry.entrance(self.leaves)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.leaves.values())
+
+    def multiplied(self) -> Tensor:
+        """What its inputs multiply behind their entrance, as the model holds a weight."""
+        return self._oriented(self.entry.read(self.leaves, self.name).decode())
+
+    def full(self) -> Tensor | None:
+        """The share (O, I) that meets inputs before they are rounded."""
+        return self.entry.read(self.leaves, self.name).full() if self.entry.scheme.activations else None
+
+    def value(self) -> Tensor:
+        """The weight that it stands for, in the source's basis, as the model holds it."""
+        decoded, order = self.entry.read(self.leaves, self.name).decode(), self.entry.scheme.hadamard
+        return self._oriented(hadamard(decoded, order) if order else decoded)
+
+    def _oriented(self, decoded_OI: Tensor) -> Tensor:
+        return decoded_OI.t().contiguous() if self.entry.transposed else decoded_OI
+
+
+@dataclass(eq=False)
+class Cell:
+    """A place for one stored weight. What is in it can be exchanged, and all views of the parameter see it."""
+
+    held: Held | Tensor
+    shape: tuple[int, int]
+    """As the model holds it."""
+
+    @property
+    def entrance(self) -> Entrance:
+        return self.held.entrance if isinstance(self.held, Held) else Entrance()
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        return tuple(self.held.leaves.values()) if isinstance(self.held, Held) else (self.held,)
+
+    def multiplied(self, dtype: torch.dtype) -> Tensor:
+        return (self.held.multiplied() if isinstance(self.held, Held) else self.held).to(dtype)
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        return (self.held.value() if isinstance(self.held, Held) else self.held).to(dtype)
+
+    def full(self) -> Tensor | None:
+        return self.held.full() if isinstance(self.held, Held) else None
+
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Of inputs (..., I), a dense weight and a bias."""
+Slots = tuple[tuple[Cell, ...], ...]
+"""Of each slot of a parameter, its cells: one below the other, along the slot's first axis."""
+
+
+@final
+class Packed(Tensor):
+    """A parameter, (O, I) or (I, O) or stacked (E, O, I), that holds stored tensors.
+
+    Products (linear, addmm, matmul) are those of the compressed model; slots `w[i]`, slices that end where cells do
+    and transposes are packed too; `copy_` exchanges what is held. For all else it is the dense tensor that it stands
+    for, decoded for the moment. RuntimeError: another product of a weight whose inputs go through something, and
+    changes in place that would be lost.
+    """
+
+    slots: Slots
+    stacked: bool
+    turned: bool
+    """Its last two axes are swapped."""
+
+    @staticmethod
+    def __new__(cls, slots: Slots, dtype: torch.dtype, *, stacked: bool = False, turned: bool = False) -> Self:
+        columns = slots[0][0].shape[1]
+        rows = sum(cell.shape[0] for cell in slots[0])
+        matrix, strides = ((columns, rows), (1, columns)) if turned else ((rows, columns), (columns, 1))
+        packed: Self = Tensor._make_wrapper_subclass(
+            cls,
+            (len(slots), *matrix) if stacked else matrix,
+            strides=(rows * columns, *strides) if stacked else strides,
+            dtype=dtype,
+            device=slots[0][0].leaves()[0].device,
+        )
+        packed.slots, packed.stacked, packed.turned = slots, stacked, turned
+        return packed
+
+    def __init__(self, slots: Slots, dtype: torch.dtype, *, stacked: bool = False, turned: bool = False) -> None:
+        """slots: all of one shape; dtype: of the dense parameter that it stands for."""
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        kinds = {form.kind for cell in self.cells for form in _forms(cell)}
+        return f"Packed({list(self.shape)}, {self.dtype}, {self.device}, {' + '.join(sorted(kinds)) or 'dense'})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = {id(cell): Cell(_copied(cell.held), cell.shape) for cell in self.cells}
+        new = self._like(slots=tuple(tuple(copied[id(cell)] for cell in slot) for slot in self.slots))
+        new.requires_grad_(self.requires_grad)
+        if hasattr(self, "_is_param"):
+            new._is_param = True
+        memo[id(self)] = new
+        return new
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        return tuple(cell for slot in self.slots for cell in slot)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of what is stored, as it lies in memory."""
+        return sum(tensor.nbytes for cell in self.cells for tensor in cell.leaves())
+
+    def dense(self) -> Tensor:
+        """The dense tensor that it stands for, in fresh memory: in the source's basis, inputs taken as they come."""
+        slots = [_joined([cell.value(self.dtype) for cell in slot]) for slot in self.slots]
+        return self._viewed(torch.stack(slots) if self.stacked else slots[0])
+
+    def times(self, x: Tensor, product: Product, inputs: int, bias: Tensor | None = None) -> Tensor:
+        """y of x (..., I). inputs: the axis of the weight that meets them, -1 or -2."""
+        cells = self.slots[0]
+        if self.stacked or (inputs == -1) != (_inputs_last(cells) != self.turned):
+            _refuse_product(self)
+            return product(x, self.dense(), bias)
+        entrance, *others = [cell.entrance for cell in cells]
+        rows = [cell.shape[0 if _inputs_last(cells) else 1] for cell in cells]
+        if any(not _same(entrance, other) for other in others):
+            # Cells of one slot lie along the outputs.
+            each = [self._like(slots=((cell,),)) for cell in cells]
+            own = [None] * len(each) if bias is None else torch.split(bias, rows, dim=-1)
+            return torch.cat([p.times(x, product, inputs, b) for p, b in zip(each, own, strict=True)], dim=-1)
+        x = entrance.transformed(x)
+        weight = self._viewed(_joined([cell.multiplied(self.dtype) for cell in cells]))
+        if not entrance.activations:
+            return product(x, weight, bias)
+        rounded = entrance.rounded(x)
+        y = product(rounded, weight, bias)
+        full = [cell.full() for cell in cells]
+        if all(share is None for share in full):
+            return y
+        zeros = [x.new_zeros(count, x.shape[-1]) for count in rows]
+        shares = [zero if share is None else share.to(x.dtype) for share, zero in zip(full, zeros, strict=True)]
+        return y + (x - rounded) @ _joined(shares).t()
+
+    def _viewed(self, held: Tensor) -> Tensor:
+        return held.transpose(-1, -2) if self.turned else held
+
+    def _like(self, *, slots: Slots | None = None, dtype: torch.dtype | None = None, **axes: bool) -> Self:
+        own = {"stacked": self.stacked, "turned": self.turned, **axes}
+        return type(self)(self.slots if slots is None else slots, dtype or self.dtype, **own)
+
+    def _moved(self, device: torch.device | None, dtype: torch.dtype | None) -> Self:
+        """With tensors of its own."""
+        place = device or self.device
+        moved = {id(cell): Cell(cell.held.to(place), cell.shape) for cell in self.cells}
+        return self._like(slots=tuple(tuple(moved[id(cell)] for cell in slot) for slot in self.slots), dtype=dtype)
+
+    def _rows(self, start: int, end: int) -> Self | None:
+        """Rows of a matrix, where cells begin and end there."""
+        place, chosen = 0, []
+        for cell in self.slots[0]:
+            if start <= place and place + cell.shape[0] <= end:
+                chosen.append(cell)
+            place += cell.shape[0]
+        whole = sum(cell.shape[0] for cell in chosen) == end - start
+        return self._like(slots=(tuple(chosen),)) if chosen and whole else None
+
+    def _exchange(self, other: Tensor) -> None:
+        """Hold what another one holds, or a copy of its numbers."""
+        if isinstance(other, Packed) and [c.shape for c in self.cells] == [c.shape for c in other.cells]:
+            for cell, source in zip(self.cells, other.cells, strict=True):
+                cell.held = source.held
+            return
+        numbers = self._viewed(other.detach().to(device=self.device, dtype=self.dtype)).expand(self._viewed(self).shape)
+        slots = numbers if self.stacked else numbers[None]
+        for slot, values in zip(self.slots, slots, strict=True):
+            for cell, value in zip(slot, values.split([cell.shape[0] for cell in slot]), strict=True):
+                cell.held = value.clone()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if (own := _FUNCTIONS.get(func)) is not None:
+            return own(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if isinstance(args[0] if args else None, Packed) and (own := _OPERATIONS.get(func)) is not None:
+            found = own(*args, **(kwargs or {}))
+            if found is not None:
+                return found
+        if func._schema.is_mutable and any(
+            isinstance(value, Packed)
+            for value, argument in zip(args, func._schema.arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ):
+            raise RuntimeError(f"{func} would change packed weights in place; load the model with --format dense")
+        if func in _PRODUCTS:
+            for packed in args:
+                if isinstance(packed, Packed):
+                    _refuse_product(packed)
+        args, kwargs = tree_map_only(Packed, Packed.dense, (tuple(args), dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+def _forms(cell: Cell) -> Sequence[Any]:
+    return cell.held.entry.scheme.parts if isinstance(cell.held, Held) else ()
+
+
+def _inputs_last(cells: Sequence[Cell]) -> bool:
+    """Whether the inputs are the last axis of what they hold."""
+    return not any(isinstance(cell.held, Held) and cell.held.entry.transposed for cell in cells)
+
+
+def _copied(held: Held | Tensor) -> Held | Tensor:
+    return held.copied() if isinstance(held, Held) else held.clone()
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(rows)) if len(rows) > 1 else rows[0]
+
+
+def _same(one: Entrance, other: Entrance) -> bool:
+    """Whether two entrances leave the same of any inputs."""
+    if (one.hadamard, one.activations) != (other.hadamard, other.activations):
+        return False
+    if one.scale is None or other.scale is None:
+        return one.scale is other.scale
+    return torch.equal(one.scale, other.scale)
+
+
+def _refuse_product(packed: Packed) -> None:
+    if any(cell.entrance.hadamard or cell.entrance.activations for cell in packed.cells):
+        raise RuntimeError(
+            "this product of a packed weight is not one that knows what its inputs go through (linear, addmm and "
+            'matmul are); load mixtures of experts with experts_implementation="eager"'
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, Packed):
+        raise RuntimeError("a packed weight cannot be the inputs of a layer")
+    return weight.times(x, torch.nn.functional.linear, -1, bias)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if not isinstance(weight, Packed):
+        raise RuntimeError("a packed weight cannot be the inputs or the bias of a layer")
+
+    def product(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
+        assert bias is not None
+        return torch.addmm(bias, x, dense, beta=beta, alpha=alpha)
+
+    return weight.times(x, product, -2, bias)
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+    if not isinstance(weight, Packed) or isinstance(x, Packed):
+        if isinstance(x, Packed):
+            _refuse_product(x)
+        return torch.matmul(_dense(x), _dense(weight))
+    return weight.times(x, lambda x, dense, _bias: torch.matmul(x, dense), -2)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.dense() if isinstance(tensor, Packed) else tensor
+
+
+def _set_data(packed: Packed, other: Tensor) -> None:
+    """`packed.data = other`, as modules do when they move."""
+    if not isinstance(other, Packed):
+        raise RuntimeError("a packed weight cannot take a dense tensor's place; replace the parameter")
+    with torch._C.DisableTorchFunctionSubclass():
+        Tensor.data.__set__(packed, other)  # type: ignore[attr-defined]
+    packed.slots, packed.stacked, packed.turned = other.slots, other.stacked, other.turned
+
+
+def _copy(packed: Packed, other: Tensor, non_blocking: bool = False) -> Packed:  # noqa: ARG001 (of copy_)
+    packed._exchange(other)
+    return packed
+
+
+def _select(packed: Packed, dim: int, index: int) -> Packed | None:
+    if not packed.stacked or dim != 0:
+        return None
+    return packed._like(slots=(packed.slots[index],), stacked=False)
+
+
+def _slice(packed: Packed, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    length = packed.shape[dim]
+    first, last, _ = slice(start, end).indices(length)
+    if step != 1 or dim != 0:
+        return None
+    if (first, last) == (0, length):
+        return packed._like()
+    if packed.stacked:
+        return packed._like(slots=packed.slots[first:last]) if first < last else None
+    return None if packed.turned else packed._rows(first, last)
+
+
+def _transpose(packed: Packed, first: int, second: int) -> Packed | None:
+    axes = {first % packed.ndim, second % packed.ndim}
+    return packed._like(turned=not packed.turned) if axes == {packed.ndim - 1, packed.ndim - 2} else None
+
+
+def _permute(packed: Packed, dims: Sequence[int]) -> Packed | None:
+    swapped = [*range(packed.ndim - 2), packed.ndim - 1, packed.ndim - 2]
+    return packed._like(turned=not packed.turned) if [d % packed.ndim for d in dims] == swapped else None
+
+
+def _to(packed: Packed, *, dtype: torch.dtype | None = None, device: Any = None, **how: Any) -> Packed:  # noqa: ARG001
+    return packed._moved(None if device is None else torch.device(device), dtype)
+
+
+_FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
+    torch.nn.functional.linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.addmm: _addmm,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: lambda weight, x: _matmul(x, weight),
+    Tensor.data_ptr: lambda packed: packed.cells[0].leaves()[0].data_ptr(),
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+}
+"""What PyTorch calls that concerns a packed weight as a whole."""
+
+_OPERATIONS: Mapping[Any, Callable[..., Any]] = {
+    _aten.detach.default: lambda packed: packed._like(),
+    _aten.alias.default: lambda packed: packed._like(),
+    _aten.clone.default: lambda packed, **_how: packed._moved(None, None),
+    _aten._to_copy.default: _to,
+    _aten.copy_.default: _copy,
+    _aten.select.int: _select,
+    _aten.slice.Tensor: _slice,
+    _aten.t.default: lambda packed: packed._like(turned=not packed.turned),
+    _aten.transpose.int: _transpose,
+    _aten.permute.default: _permute,
+}
+"""What stays packed; None where it does not."""
+
+_PRODUCTS = frozenset(
+    getattr(_aten, name).default
+    for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "_grouped_mm")
+)
