@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,15 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersely.checkpoint import open_checkpoint
+from tersely.codecs.activations import ACTIVATIONS
 from tersely.errors import UsageError
 from tersely.graph import Graph, read_graph
-from tersely.methods import METHODS, Encode
+from tersely.methods import METHODS, REBASES, TUNES
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
 from tersely.plan.recipe import (
     Calibration,
+    Change,
     Recipe,
     Step,
+    Tuning,
     assign,
     load_recipe,
     method_fields,
@@ -29,26 +33,42 @@ from tersely.plan.recipe import (
 )
 from tests.tiny import tiny
 
-RANGES: dict[str, st.SearchStrategy[Any]] = {
-    "bits": st.integers(2, 8),
-    "group": st.integers(0, 4096),
-    "damping": st.floats(0, 1, exclude_min=True),
-    "minimum_tokens": st.floats(0, 1e6),
-}
+AnyMethod = Any
+"""A method of whatever stage."""
+KINDS: tuple[tuple[Any, Any], ...] = (
+    *((Step, m) for m in METHODS),
+    *((Change, m) for m in REBASES),
+    *((Tuning, m) for m in TUNES),
+)
 
 
-def values(name: str, hint: Any) -> st.SearchStrategy[Any]:
-    """What a hyper-parameter may be; one of a new name needs a range above."""
+def others(hint: Any, before: Any) -> list[Any]:
+    """Values that a setting could have beside the one it has, most of them allowed."""
     if get_origin(hint) is Literal:
-        return st.sampled_from(get_args(hint))
-    return st.booleans() if hint is bool else RANGES[name]
+        return [v for v in get_args(hint) if v != before]
+    if hint is bool:
+        return [not before]
+    if hint is int:
+        return [v for v in (before + 1, before * 2, before - 1, before // 2, 16, 4, 1) if v != before]
+    return [v for v in (before / 2, before * 1.5, 0.25, 0.001, 1.0) if v != before]
 
 
-def methods() -> st.SearchStrategy[Encode]:
-    def built(method: type[Encode]) -> st.SearchStrategy[Encode]:
-        return st.builds(method, **{n: values(n, hint) for n, hint in method_fields(method).items()})
+def changed(method: AnyMethod, name: str, values: list[Any]) -> AnyMethod | None:
+    """The method with the first of the values that it allows."""
+    for value in values:
+        with suppress(UsageError):
+            return dataclasses.replace(method, **{name: value})
+    return None
 
-    return st.one_of(*map(built, METHODS))
+
+@st.composite
+def methods(draw: st.DrawFn, kind: Any) -> AnyMethod:
+    made = draw(st.sampled_from([m for k, m in KINDS if k is kind]))()
+    for name, hint in method_fields(type(made)).items():
+        if draw(st.booleans()):
+            values = draw(st.permutations(others(hint, getattr(made, name))))
+            made = changed(made, name, list(values)) or made
+    return made
 
 
 words = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -56,9 +76,16 @@ words = st.text(st.characters(codec="utf-8"), max_size=20)
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
-    steps = tuple(draw(st.lists(st.builds(Step, where=words, method=methods()), min_size=1, max_size=3)))
+    changes = draw(st.lists(st.builds(Change, where=words, method=methods(Change)), max_size=2))
+    inputs: dict[str, st.SearchStrategy[Any]] = {
+        "activations": st.sampled_from(["", *ACTIVATIONS]),
+        "hadamard": st.sampled_from([0, 16]),
+    }
+    encodes = draw(st.lists(st.builds(Step, where=words, method=methods(Step), **inputs), min_size=1, max_size=3))
+    tunings = draw(st.lists(st.builds(Tuning, where=words, method=methods(Tuning)), max_size=1))
+    steps: tuple[Step | Change | Tuning, ...] = (*changes, *encodes, *tunings)
     seed = draw(st.integers(-(2**40), 2**40))
-    if not any(step.method.needs for step in steps):
+    if not any(step.needs for step in steps):
         return Recipe(steps, seed=seed)
     counts = st.builds(Calibration, samples=st.integers(1, 10**6), context=st.integers(2, 10**6))
     return Recipe(steps, draw(counts), seed)
@@ -95,25 +122,33 @@ def test_a_recipe_is_read_back_from_its_toml_as_it_was(recipe: Recipe) -> None:
     assert tomllib.loads(text) == recipe.to_dict()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_field_of_a_method_is_a_key_of_a_step_and_changes_the_hash(method: type[Encode]) -> None:
-    base = Recipe((Step("linear", method()),))
-    (step,) = base.to_dict()["steps"]
+@pytest.mark.parametrize(("kind", "method"), KINDS, ids=lambda value: value.__name__)
+def test_every_field_of_a_method_is_a_key_of_a_step_and_changes_the_hash(kind: Any, method: AnyMethod) -> None:
+    def recipe(made: AnyMethod) -> Recipe:
+        encode = () if kind is Step else (Step("linear", RTN()),)
+        return Recipe((*encode, kind("linear", made)) if kind is Tuning else (kind("linear", made), *encode))
+
+    base = recipe(method())
+    step = next(each for each in base.to_dict()["steps"] if each["method"] == method.name)
     assert list(step) == ["where", "method", *method_fields(method)]
-    other: dict[str, Any] = {
-        "bits": 7,
-        "group": 24,
-        "symmetric": False,
-        "damping": 0.5,
-        "act_order": False,
-        "minimum_tokens": 3.0,
-    }
-    for name in method_fields(method):
-        before = getattr(method(), name)
-        value = {"none": "mse", "mse": "none"}[before] if name == "clip" else other[name]
-        changed = Recipe((Step("linear", dataclasses.replace(method(), **{name: value})),))  # type: ignore[type-var]
-        assert changed.hash != base.hash
-        assert changed != base
+    for name, hint in method_fields(method).items():
+        other = changed(method(), name, others(hint, getattr(method(), name)))
+        assert other is not None, f"no other {name} is allowed"
+        assert recipe(other).hash != base.hash
+        assert recipe(other) != base
+
+
+def test_what_inputs_go_through_is_a_key_of_every_step_that_encodes() -> None:
+    step = Step("linear", GPTQ(), "int8", 16, 3.5)
+    (plain,) = Recipe((step,)).to_dict()["steps"]
+    assert (plain["activations"], plain["hadamard"], plain["average_bits"]) == ("int8", 16, 3.5)
+    for wrong, said in (
+        ('activations = "int9"', "int8"),
+        ("hadamard = true", "hadamard"),
+        ("average_bits = 9", "1 to 8"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            recipe_from_toml(MEASURED + wrong)
 
 
 def test_the_hash_does_not_depend_on_how_the_toml_is_written() -> None:
