@@ -23,10 +23,11 @@ from tersely import __version__
 from tersely.allocation import allocated
 from tersely.calibrated import calibrated, running
 from tersely.encoding import Format, Result, Source, encode, encode_free, require_finite, result
+from tersely.export import compressed_tensors
 from tersely.fisher import fishers
 from tersely.graph import read_graph
 from tersely.job import Job, prepare
-from tersely.manifest import files, finished, report
+from tersely.manifest import files, finished, fp8_cache, report
 from tersely.measure import Statistics
 from tersely.plan.recipe import Recipe, Tuning
 from tersely.results import Report
@@ -169,6 +170,8 @@ def _finish(
     written = [writer.facts(unit) for unit in units]
     result = report(job, [row for unit in written for row in unit["rows"]], notes)
     outcome = {name: stored for unit in written for name, stored in unit["outcome"].items()}
+    for scale in (name for unit in written for name in unit.get("scales", ())):
+        outcome[next(name for name in outcome if name.startswith(f"{scale.rpartition('.')[0]}."))].append(scale)
     entries = {n: e for unit in written for n, e in groups_from_plain(unit["groups"], str(job.out)).items()}
     writer.finish(units, files(job, facts, outcome, entries, result))
     return result
@@ -218,7 +221,12 @@ def _kept(job: Job, writer: Writer, changed: Mapping[str, Tensor]) -> list[str]:
                 for name, spec in specs.items()
             }
             writer.put(unit, stored, {"rows": [], "groups": [], "outcome": {name: [name] for name in own}})
-    return list(groups)
+    if not fp8_cache(job):
+        return list(groups)
+    if not writer.done("cache"):
+        scales = compressed_tensors.cache_scales(job.graph)
+        writer.put("cache", scales, {"rows": [], "groups": [], "outcome": {}, "scales": list(scales)})
+    return [*groups, "cache"]
 
 
 def _units(job: Job) -> list[str]:

@@ -23,6 +23,7 @@ from tersely.plan.recipe import Recipe, Step, assign, load_recipe, spaces
 from tersely.rebase import check_rebase
 from tersely.rotation import places, planned, reader_columns, trial
 from tersely.runtime import find_device, load_tokenizer
+from tersely.runtime.policy import FP8, KIVI
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def prepare(
     steps = assign(recipe, graph)
     schemes = {n: step.scheme(graph.weight(n).rows, graph.weight(n).columns) for n, step in steps.items()}
     chosen = _format(format, graph, schemes)
+    _check_cache(recipe, graph, chosen)
     dtype = _compute_dtype(graph, where)
     data = None
     if recipe.needs:
@@ -120,6 +122,18 @@ def prepare(
         dtype,
         cost,
     )
+
+
+def _check_cache(recipe: Recipe, graph: Graph, format: Format) -> None:
+    """UsageError for a cache that the model, or the format, cannot have."""
+    if recipe.cache is None:
+        return
+    if graph.family.auto_class != "CausalLM":
+        raise UsageError(f"[cache]: a {graph.model_type} model writes no text from a cache of its own; leave it out")
+    if isinstance(recipe.cache, KIVI) and (head := graph.sizes.get("v", 0) // graph.sizes.get("kv_heads", 1)):
+        recipe.cache.check(head)
+    if isinstance(recipe.cache, FP8) and format == "compressed-tensors":
+        compressed_tensors.cache_scales(graph)
 
 
 def _check_changes(checkpoint: Checkpoint, graph: Graph, recipe: Recipe) -> None:

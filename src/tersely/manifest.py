@@ -19,6 +19,7 @@ from tersely.export import compressed_tensors
 from tersely.job import Job
 from tersely.report.page import Dossier, render
 from tersely.results import Report, Row
+from tersely.runtime.policy import CONFIG_KEY, FP8, policy_to_plain
 from tersely.stored import QUANT_METHOD, Entry, groups_to_plain
 from tersely.writer import FileContent, clear_work, differences
 
@@ -38,9 +39,13 @@ def files(
     groups = groups_to_plain(entries)
     if job.format == "compressed-tensors":
         schemes = {name: entry.scheme for name, entry in entries.items()}
-        config["quantization_config"] = compressed_tensors.quantization_config(job.graph, schemes)
+        config["quantization_config"] = compressed_tensors.quantization_config(
+            job.graph, schemes, fp8_cache=fp8_cache(job)
+        )
     elif job.format == "tersely":
         config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": __version__, "groups": groups}
+    if job.recipe.cache is not None and not fp8_cache(job):
+        config[CONFIG_KEY] = policy_to_plain(job.recipe.cache)
     if job.graph.tied and any(job.graph.weight(n).role == "head" for n in job.steps):
         config["tie_word_embeddings"] = False
     manifest: dict[str, Any] = {
@@ -73,6 +78,11 @@ def files(
         "report.html": _page(report, manifest["versions"]),
         "manifest.json": seal,
     }
+
+
+def fp8_cache(job: Job) -> bool:
+    """Whether the format itself says that keys and values are kept in FP8."""
+    return isinstance(job.recipe.cache, FP8) and job.format == "compressed-tensors"
 
 
 def report(job: Job, plain: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) -> Report:

@@ -26,7 +26,7 @@ from tersely.evaluation.distributions import as_float32, compare, cuts, workspac
 from tersely.evaluation.statistics import paired, ratio
 from tersely.evaluation.vocabulary import Vocabulary, match
 from tersely.results import Bin, Divergence, Estimate, TextResult
-from tersely.runtime import Loaded, context_within, quiet
+from tersely.runtime import Loaded, context_within, quiet, text_logits
 
 _DEFAULT_CONTEXT = 2048
 _FACTS = ("loss", "base_loss", "kl", "top1", "top5", "lost", "gained", "rank", "outside")
@@ -190,7 +190,7 @@ def _measure(
     lengths = [length] * len(batch.index) if batch.keep_BL is None else batch.keep_BL.sum(1).tolist()
     columns = [None if c is None else c.to(device) for c in (vocabulary.model_C, vocabulary.base_C)]
     with quiet(), torch.inference_mode():
-        logits = [m.network(input_ids=ids_BL, use_cache=False).logits for m, ids_BL in zip(models, inputs, strict=True)]
+        logits = [text_logits(model.network, ids_BL) for model, ids_BL in zip(models, inputs, strict=True)]
         widest = max(each_BLV.shape[-1] for each_BLV in logits)
         space = workspace(widest, device, 4)
         compared = []

@@ -24,6 +24,7 @@ from tersely.evaluation.tasks import TaskScores, check_tasks, run_tasks
 from tersely.evaluation.verdict import compare_answers, compare_auc, compare_losses, overall, settle
 from tersely.results import Comparison, Evaluation, Part, Sample, Subject, TaskResult
 from tersely.runtime import Loaded, load_model, load_tokenizers, max_positions, require_causal, write
+from tersely.runtime.policy import stored_policy
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the evaluation that is done, 0 to 1."""
@@ -146,6 +147,8 @@ def evaluate(
             progress=lambda what, share: say(what, shares.text + (shares.tasks - shares.text) * share),
         )
         notes += more
+        if any(stored_policy(model.network.config) is not None for model in models):
+            notes.append("tasks are asked with keys and values as they come, not as the checkpoint's cache keeps them")
         for scores in scored:
             results.append(_task_result(scores, seed))
             if base is not None:

@@ -22,7 +22,7 @@ from tersely.calibrate import Sequences, micro_batches
 from tersely.errors import CheckpointError
 from tersely.evaluation.distributions import as_float32, cuts, distribution, divergence, workspace
 from tersely.evaluation.swapping import Differences, Networks, Swap, instead, replaced, watched
-from tersely.runtime import quiet
+from tersely.runtime import quiet, text_logits
 
 KEPT_BYTES = 2**30
 """Bound on what is kept of all micro-batches, so that it need not be computed again for the weights."""
@@ -218,8 +218,7 @@ def _divergences(base: Sequence[Tensor], logits_BLV: Tensor) -> list[float]:
 
 def _logits(network: Any, batch: Batch, device: str) -> Tensor:
     with quiet(), torch.inference_mode():
-        logits_BLV: Tensor = network(input_ids=batch.ids_BL.to(device), use_cache=False).logits
-        return logits_BLV
+        return text_logits(network, batch.ids_BL.to(device))
 
 
 def _distance(one_BLV: Tensor, other_BLV: Tensor) -> float:

@@ -6,6 +6,9 @@
     samples = 128
     context = 2048
 
+    [cache]                 # keys and values of past tokens; left out: as they come
+    method = "kivi"
+
     [[steps]]
     where  = "linear"
     method = "gptq"
@@ -40,6 +43,7 @@ from tersely.graph import Graph
 from tersely.hadamard import check_order
 from tersely.methods import METHODS, REBASES, TUNES, Encode, Method, Rebase, TuneBlock, TuneModel
 from tersely.methods.tune import SignRound
+from tersely.runtime.policy import CachePolicy, policy_from_plain, policy_to_plain
 
 _INPUTS = {"activations": str, "hadamard": int, "average_bits": float}
 """Settings of every step that encodes, whatever its method."""
@@ -136,6 +140,8 @@ class Recipe:
     steps: tuple[Step | Change | Tuning, ...]
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
+    cache: CachePolicy | None = None
+    """How keys and values of past tokens are kept when the model runs; None: as they come."""
 
     def __post_init__(self) -> None:
         if not self.encodes:
@@ -178,14 +184,16 @@ class Recipe:
             for s in self.steps
         ]
         calibration = {"calibration": dataclasses.asdict(self.calibration)} if self.needs else {}
-        return {"seed": self.seed, **calibration, "steps": steps}
+        cache = {} if self.cache is None else {"cache": policy_to_plain(self.cache)}
+        return {"seed": self.seed, **calibration, **cache, "steps": steps}
 
     def to_toml(self) -> str:
         """The TOML text that `recipe_from_toml` reads back as an equal recipe."""
         plain = self.to_dict()
         lines = [f"seed = {self.seed}"]
-        if "calibration" in plain:
-            lines += ["", "[calibration]", *(f"{k} = {_toml(v)}" for k, v in plain["calibration"].items())]
+        for table in ("calibration", "cache"):
+            if table in plain:
+                lines += ["", f"[{table}]", *(f"{k} = {_toml(v)}" for k, v in plain[table].items())]
         for step in plain["steps"]:
             lines += ["", "[[steps]]", *(f"{k} = {_toml(v)}" for k, v in step.items())]
         return "\n".join(lines) + "\n"
@@ -202,7 +210,7 @@ def recipe_from_toml(text: str, source: str = "recipe") -> Recipe:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{source} is not TOML: {error}") from error
-    _known(raw, ("seed", "calibration", "steps"), source)
+    _known(raw, ("seed", "calibration", "cache", "steps"), source)
     calibration = raw.get("calibration", {})
     _typed({"calibration": calibration}, {"calibration": dict}, source)
     hints = {"samples": int, "context": int}
@@ -215,7 +223,7 @@ def recipe_from_toml(text: str, source: str = "recipe") -> Recipe:
     read = tuple(_step(s, f"{source}, step {i + 1}") for i, s in enumerate(steps))
     if calibration and not any(step.needs for step in read):
         raise UsageError(f"{source}: [calibration] has no effect: no step measures anything; remove it")
-    return Recipe(read, Calibration(**calibration), raw.get("seed", 0))
+    return Recipe(read, Calibration(**calibration), raw.get("seed", 0), _cache(raw, source))
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -338,7 +346,16 @@ def _from_plain(raw: Mapping[str, Any], source: str) -> Recipe:
     calibration = raw.get("calibration", {})
     hints = {"samples": int, "context": int}
     _typed(calibration, hints, f"{source}, [calibration]")
-    return Recipe(steps, Calibration(**calibration), raw["seed"])
+    return Recipe(steps, Calibration(**calibration), raw["seed"], _cache(raw, source))
+
+
+def _cache(raw: Mapping[str, Any], source: str) -> CachePolicy | None:
+    plain = raw.get("cache")
+    _typed({"cache": plain or {}}, {"cache": dict}, source)
+    try:
+        return None if plain is None else policy_from_plain(plain)
+    except UsageError as error:
+        raise UsageError(f"{source}, [cache]: {error}") from error
 
 
 def _step(raw: Mapping[str, Any], source: str) -> Step | Change | Tuning:
@@ -385,6 +402,8 @@ def _override(raw: dict[str, Any], key: str, value: Any, text: str) -> None:
             raise UsageError(f"--set {text} has no effect: no step of this recipe measures anything")
         _known({rest[0]: value}, tuple(raw["calibration"]), f"--set {text}")
         raw["calibration"][rest[0]] = value
+    elif first == "cache" and len(rest) == 1:
+        raw.setdefault("cache", {})[rest[0]] = value
     elif first == "steps" and len(rest) == 2 and rest[0].isdigit():
         number = int(rest[0])
         if number >= len(raw["steps"]):
@@ -393,7 +412,8 @@ def _override(raw: dict[str, Any], key: str, value: Any, text: str) -> None:
         raw["steps"][number][rest[1]] = value
     elif rest:
         raise UsageError(
-            f"--set {text}: expected a setting of the steps (group=64), steps.N.setting, calibration.setting or seed"
+            f"--set {text}: expected a setting of the steps (group=64), steps.N.setting, calibration.setting, "
+            "cache.setting or seed"
         )
     else:
         hit = [s for s in raw["steps"] if key in s and key != "method"]

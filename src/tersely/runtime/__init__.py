@@ -14,7 +14,7 @@ from tersely.runtime.loading import (
     read_config,
     require_causal,
 )
-from tersely.runtime.writing import generate, write
+from tersely.runtime.writing import generate, text_logits, write
 
 __all__ = [
     "Kind",
@@ -30,5 +30,6 @@ __all__ = [
     "quiet",
     "read_config",
     "require_causal",
+    "text_logits",
     "write",
 ]

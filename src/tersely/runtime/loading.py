@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,11 +55,13 @@ def load_model(
     """The model of a checkpoint folder, in eval mode, as plain transformers loads it.
 
     dtype: of the dense weights; "auto" is what the checkpoint says. compressed-tensors weights are
-    decompressed by their own library here, so that the first use is as fast as the next. Only safetensors
-    are read, no code in the folder runs, nothing is downloaded.
+    decompressed by their own library here, so that the first use is as fast as the next; those of quant_method
+    "tersely" stay packed. What lies in its folder `adapter` is added by PEFT. Only safetensors are read, no code in the
+    folder runs, nothing is downloaded.
 
     Raises CheckpointError: missing or corrupt, an architecture that is none of causal, masked and seq2seq
-    language models, or weights that are missing, left over or of a wrong shape; UsageError: no such device.
+    language models, or weights that are missing, left over or of a wrong shape; UsageError: no such device, or an
+    adapter without PEFT.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -87,6 +90,8 @@ def load_model(
         model.eval()
         if hasattr(model, "ct_decompress_hook"):
             _decompress(model, kind)
+        if (adapter := Path(path) / "adapter" / "adapter_config.json").is_file():
+            _adapt(model, adapter.parent)
     return model  # type: ignore[no-any-return]
 
 
@@ -216,6 +221,17 @@ def _decompress(model: Any, kind: Kind) -> None:
     decoder = {"decoder_input_ids": ids_BL} if kind == "seq2seq" else {}
     with torch.no_grad():
         model(input_ids=ids_BL, **decoder)
+
+
+def _adapt(model: Any, adapter: Path) -> None:
+    """Let PEFT add an adapter to the layers that it names."""
+    if find_spec("peft") is None:
+        raise UsageError(f"{adapter} is read by PEFT, which is not installed; pip install 'tersely[adapter]'")
+    try:
+        model.load_adapter(str(adapter))
+    except Exception as error:
+        raise CheckpointError(f"{adapter}: PEFT cannot add it: {_first_line(error)}") from error
+    model.eval()
 
 
 def _require_complete(path: str | Path, info: dict[str, Any]) -> None:

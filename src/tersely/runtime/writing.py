@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tersely.errors import UsageError
 from tersely.runtime.loading import Loaded, load_model, load_tokenizer, max_positions, quiet, require_causal
+from tersely.runtime.policy import stored_policy
 
 
 def generate(
@@ -25,15 +26,27 @@ def generate(
     """Continue a prompt; gives the new text only, without special tokens.
 
     temperature 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature)
-    over the whole vocabulary, by `seed`. stream is called with each new piece of text; joined, they are the
-    result. Ends at the model's end token or after `max_new_tokens`. Raises UsageError: not a causal language
-    model, a bad number, or more tokens than the model has positions; CheckpointError as in `load_model`.
+    over the whole vocabulary, by `seed`. Past keys and values are kept as the checkpoint's config says. stream is
+    called with each new piece of text; joined, they are the result. Ends at the model's end token or after
+    `max_new_tokens`. Raises UsageError: not a causal language model, a bad number, or more tokens than the model has
+    positions; CheckpointError as in `load_model`.
     """
     require_causal(path, "generate")
     _require_writable(max_new_tokens, temperature)
     tokenizer = load_tokenizer(path)
     loaded = Loaded(str(path), load_model(path, device=device, dtype=dtype), tokenizer, device)
     return write(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream)[1]
+
+
+def text_logits(network: Any, ids_BL: Tensor) -> Tensor:
+    """Logits (B, L, V) of a text, whose tokens see those before them as the model's cache would keep them."""
+    policy = stored_policy(network.config)
+    if policy is None:
+        logits: Tensor = network(input_ids=ids_BL, use_cache=False).logits
+        return logits
+    from tersely.runtime.cache import forward_with_cache
+
+    return forward_with_cache(network, ids_BL, policy)
 
 
 def write(
@@ -72,11 +85,16 @@ def write(
         **settings,
     )
     text = _Text(tokenizer, stream)
+    inputs = {"attention_mask": torch.ones_like(ids_BL), "generation_config": config, "streamer": text}
+    if (policy := stored_policy(network.config)) is not None:
+        from tersely.runtime.cache import make_cache
+
+        inputs["past_key_values"] = make_cache(network.config, policy)
     network.generation_config = new_config()
     try:
         with quiet(), torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            network.generate(ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=config, streamer=text)
+            network.generate(ids_BL, **inputs)
     finally:
         network.generation_config = own
     return text.ids, text.whole
