@@ -1,7 +1,7 @@
 """Options and fixtures of all tests."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,30 @@ def assets(request: pytest.FixtureRequest) -> Path:
     if not (folder / "models").is_dir() or not (folder / "data").is_dir():
         pytest.skip(f"assets folder {folder} not found: pass --assets=PATH")
     return folder
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny checkpoint of a family with a tokenizer, written once; it is only read."""
+    from tests.tiny import tiny
+    from tests.tokens import write_tokenizer
+
+    made: dict[str, Path] = {}
+
+    def get(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = write_tokenizer(tiny(model_type, tmp_path_factory.mktemp(model_type)))
+        return made[model_type]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents in the words of that tokenizer."""
+    from tests.tokens import write_text
+
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ COARSE = KIVI(bits=2, group=8, residual=8)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tiny("llama", tmp_path_factory.mktemp("llama")))
+def llama(source: Callable[[str], Path]) -> Path:
+    return source("llama")
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "tersely", "dense"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,15 @@ from tersely.methods.encode.rtn import RTN
 from tersely.plan.recipe import Calibration, Recipe, Step, method_fields
 from tersely.stored import open_stored
 from tersely.verify import verify
-from tests.tiny import forward, tiny
-from tests.tokens import write_text, write_tokenizer
+from tests.tiny import forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft
 TEXT = Calibration(samples=16, context=40)
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tiny("llama", tmp_path_factory.mktemp("llama")))
+def llama(source: Callable[[str], Path]) -> Path:
+    return source("llama")
 
 
 def made(llama: Path, out: Path, step: Step, text: Path, **settings: Any) -> Path:

@@ -26,28 +26,11 @@ from tersely.plan.recipe import Calibration, Change, Recipe, Step, recipe_from_t
 from tersely.rebase import Diagonal
 from tersely.rotation import rotate
 from tests.tiny import forward, tiny
-from tests.tokens import write_text, write_tokenizer
+from tests.tokens import write_tokenizer
 
 TEXT = Calibration(samples=16, context=40)
 TURNED = Recipe((Change("residual", Rotate()), Step("linear", RTN(bits=8, group=16))))
 NEAR = 2e-4
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = write_tokenizer(tiny(model_type, tmp_path_factory.mktemp(model_type)))
-        return made[model_type]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def activations(columns: int = 64, *, outliers: bool = True) -> Tensor:

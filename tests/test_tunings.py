@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,15 @@ from tersely.methods.tune import PV, Distill, SignRound
 from tersely.plan.recipe import Calibration, Change, Recipe, Step, Tuning, recipe_from_toml
 from tersely.stored import open_stored
 from tests.tiny import tiny
-from tests.tokens import write_text, write_tokenizer
+from tests.tokens import write_tokenizer
 
 TEXT = Calibration(samples=12, context=24)
 FEW: dict[str, Any] = {"tokens": 3000, "batch": 100, "own_texts": 0, "held_out": 3, "checks": 3}
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tiny("llama", tmp_path_factory.mktemp("llama")))
+def llama(source: Callable[[str], Path]) -> Path:
+    return source("llama")
 
 
 @pytest.mark.parametrize("method", [Distill(**FEW, rate=0.02), PV(**FEW, rate=0.02, change=0.1)], ids=lambda m: m.name)

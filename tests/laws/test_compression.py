@@ -49,24 +49,6 @@ DENSE_KINDS = (
 )  # a layout of each kind, where all families would add nothing
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny checkpoint of a family with a tokenizer, written once."""
-    made: dict[str, Path] = {}
-
-    def get(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = write_tokenizer(tiny(model_type, tmp_path_factory.mktemp(model_type)))
-        return made[model_type]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
 def format_of(model_type: str) -> Format:
     return "dense" if model_type in TRANSPOSED else "compressed-tensors"
 
