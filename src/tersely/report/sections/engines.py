@@ -23,9 +23,10 @@ def engine_section(dossier: Dossier, out: str) -> list[dict[str, str]]:
         "settings = SamplingParams(temperature=0, max_tokens=40)\n"
         'print(model.generate(["The road to the north"], settings)[0].outputs[0].text)'
     )
-    convert = (
-        f"python convert_hf_to_gguf.py {out} --outfile model.gguf\nllama-cli -m model.gguf -p 'The road to the north'"
-    )
+    convert = f"tersely export {out} model.gguf --to gguf\nllama-cli -m model.gguf -p 'The road to the north'"
+    gguf = "Written as a GGUF file first: integers and MXFP4 keep their codes, what no type of llama.cpp holds is "
+    gguf += "rounded to the nearest, and the command says which."
+    llama = {"engine": "llama.cpp", "text": gguf, "code": convert}
     here = {"engine": "tersely", "text": "", "code": f"tersely generate {out} 'The road to the north' --tokens 40"}
     if stored == "compressed-tensors":
         widths = (
@@ -37,8 +38,6 @@ def engine_section(dossier: Dossier, out: str) -> list[dict[str, str]]:
         vllm_text = "Stored in the layout that vLLM reads; not run by tersely's tests."
         if other:
             vllm_text += f" The vLLM whose code was read takes 4 and 8 bits only; this model has {', '.join(other)}."
-        llama = "llama.cpp does not read compressed-tensors. Write the model with --format dense and convert that; "
-        llama += "it then has the compressed values, and the size of the original."
         return [
             here,
             {
@@ -48,19 +47,19 @@ def engine_section(dossier: Dossier, out: str) -> list[dict[str, str]]:
                 "code": load,
             },
             {"engine": "vLLM", "text": vllm_text, "code": vllm},
-            {"engine": "llama.cpp", "text": llama, "code": ""},
+            llama,
         ]
+    if stored == "tersely":
+        own = "Needs the package tersely, which is imported first. The weights stay packed in memory, and are decoded "
+        own += "where they multiply."
+        return [here, {"engine": "transformers", "text": own, "code": f"import tersely\n{load}"}, llama]
     if stored == "dense":
         dense = "An ordinary checkpoint: it loads wherever the original does, and is as large as the original."
         return [
             here,
             {"engine": "transformers", "text": dense, "code": load},
             {"engine": "vLLM", "text": "Like any checkpoint in this form; not run by tersely's tests.", "code": vllm},
-            {
-                "engine": "llama.cpp",
-                "text": "Convert it first, with the script of llama.cpp; not run by tersely's tests.",
-                "code": convert,
-            },
+            llama,
         ]
     if stored == "gguf" or dossier.folder.lower().endswith(".gguf"):
         code = f"llama-cli -m {out} -p 'The road to the north'"

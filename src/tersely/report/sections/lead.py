@@ -21,7 +21,8 @@ def lead(dossier: Dossier) -> str:
         bits = f" {step['bits']} bits" if "bits" in step else ""
         group = step.get("group")
         grouped = f", groups of {group}" if group else ", one scale a row" if group == 0 else ""
-        parts.append(f"{step.get('method', '?')}{bits}{grouped} ({step.get('where', '?')})")
+        inputs = f", inputs {step['activations']}" if step.get("activations") else ""
+        parts.append(f"{step.get('method', '?')}{bits}{grouped}{inputs} ({step.get('where', '?')})")
     what = "; ".join(parts[:4]) + ("; …" if len(parts) > 4 else "")
     return f"{report.source or 'a model without a name'}, compressed: {what or 'no steps'}."
 
