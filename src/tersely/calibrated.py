@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -39,9 +40,12 @@ def calibrated(
     assert job.data is not None
     graph, source = job.graph, Source(job.checkpoint)
     plain = not graph.has_experts
+    rounds = [t.method for t in job.recipe.tunings if isinstance(t.method, SignRound)]
+    # A step of learned rounding takes whole micro-batches: they hold as many sequences as its batch has.
+    longest = max(len(ids_L) for ids_L in job.data.ids)
     batches = micro_batches(
         job.data,
-        tokens=micro_batch_tokens(graph, job.dtype),
+        tokens=min([micro_batch_tokens(graph, job.dtype), *(method.batch * longest for method in rounds)]),
         pad=plain and graph.family.auto_class == "CausalLM",
     )
     padded = sum(b.ids_BL.numel() for b in batches)
@@ -79,7 +83,10 @@ def calibrated(
             assert isinstance(method, SignRound)
             own = {name: part for name, part in parts.items() if name in names}
             values = {name: source.value(graph.weight(name), job.steps[name], job.device).float() for name in own}
-            found = tune_block(block.forward, block.inputs, block.targets, values, own, method, seed=job.recipe.seed)
+            rows = sum(len(each.index) for each in batches) / len(batches)
+            batch, held_out = max(1, round(method.batch / rows)), math.ceil(method.held_out / rows)
+            settings = replace(method, batch=batch, held_out=held_out)
+            found = tune_block(block.forward, block.inputs, block.targets, values, own, settings, seed=job.recipe.seed)
             for name, part in found.best.items():
                 weight, before = graph.weight(name), results[name]
                 stats = known.get(weight.statistics) or Statistics(weight.columns, job.device)

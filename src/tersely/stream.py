@@ -498,7 +498,9 @@ class _Watch(TorchFunctionMode):
             return rounded, _as_it_is
         full_OI = torch.cat(
             [
-                x.new_zeros(weight.rows, weight.columns) if value is None or value.full is None else value.full
+                x.new_zeros(weight.rows, weight.columns)
+                if value is None or value.full is None
+                else value.full.to(x.dtype)
                 for weight, value in zip(weights, values, strict=True)
             ]
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tersely import __version__
 from tersely.codecs import Encoded, Scheme
+from tersely.codecs.activations import layout
 from tersely.codecs.low_rank import LowRank, LowRankForm
 from tersely.errors import CheckpointError, UsageError
 from tersely.export import compressed_tensors
@@ -52,7 +53,7 @@ def export_folder(source: str | Path, out: str | Path, to: Target) -> None:
         for unit, file in zip(("", *graph.units), units, strict=True):
             tensors: dict[str, Tensor] = {}
             for name in (*(w.name for w in graph.unit(unit)), *(() if unit else graph.extra)):
-                own = _tensors(stored, name, to)
+                own = _tensors(stored, name, entries)
                 tensors |= own
                 outcome[name] = sorted(own)
             writer.put(file, tensors, {})
@@ -69,7 +70,7 @@ def _entries(stored: Stored, to: Target) -> dict[str, Entry]:
     if to == "hf":
         return {}
     if to == "compressed-tensors":
-        return dict(stored.entries)
+        return {name: replace(entry, scheme=layout(entry.scheme)) for name, entry in stored.entries.items()}
     kept = {}
     for name, entry in stored.entries.items():
         forms = tuple(form for form in entry.scheme.parts if not isinstance(form, LowRankForm))
@@ -79,8 +80,8 @@ def _entries(stored: Stored, to: Target) -> dict[str, Entry]:
                 f"{name}: its low-rank part multiplies rounded inputs, and PEFT multiplies them as they come; compress "
                 'with inputs = "full", or leave activations out'
             )
-        kept[name] = replace(entry, scheme=replace(entry.scheme, parts=forms))
-    if all(kept[name] == entry for name, entry in stored.entries.items()):
+        kept[name] = replace(entry, scheme=layout(replace(entry.scheme, parts=forms)))
+    if all(len(kept[name].scheme.parts) == len(entry.scheme.parts) for name, entry in stored.entries.items()):
         raise UsageError(f"{stored.path}: no weight has a low-rank part; an adapter is for aser and lqer")
     return kept
 
@@ -92,14 +93,15 @@ def _check_dense(stored: Stored) -> None:
             raise UsageError(f"{name}: its {what} when the model runs, which an ordinary checkpoint cannot say")
 
 
-def _tensors(stored: Stored, name: str, to: Target) -> dict[str, Tensor]:
+def _tensors(stored: Stored, name: str, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """What stands for a tensor of the source."""
-    if name not in stored.entries or to == "hf":
+    if name not in entries:
         return {name: stored[name]}
-    leaves = stored.leaves(name)
-    if to == "adapter":
-        branch = {leaf for part in _split(stored.encoded(name)) for leaf in part.tensors()}
-        leaves = {leaf: tensor for leaf, tensor in leaves.items() if leaf not in branch}
+    encoded, forms = stored.encoded(name), entries[name].scheme.parts
+    parts = [part for part in encoded.parts if part.form.kind in {form.kind for form in forms}]
+    laid_out = [replace(part, form=form) for part, form in zip(parts, forms, strict=True)]  # type: ignore[type-var]
+    beside = {leaf: t for leaf, t in stored.leaves(name).items() if leaf not in encoded.tensors()}
+    leaves = beside | Encoded(tuple(laid_out)).tensors()
     return {leaf_name(name, leaf): tensor for leaf, tensor in leaves.items()}
 
 

@@ -105,8 +105,8 @@ class Packed(Tensor):
 
     Products (linear, addmm, matmul) are those of the compressed model; slots `w[i]`, slices that end where cells do
     and transposes are packed too; `copy_` exchanges what is held. For all else it is the dense tensor that it stands
-    for, decoded for the moment. RuntimeError: another product of a weight whose inputs go through something, and
-    changes in place that would be lost.
+    for, decoded for the moment. RuntimeError: another product (or a view of another kind, which may
+    lead to one) of a weight whose inputs go through something, and changes in place that would be lost.
     """
 
     slots: Slots
@@ -163,7 +163,7 @@ class Packed(Tensor):
         """y of x (..., I). inputs: the axis of the weight that meets them, -1 or -2."""
         cells = self.slots[0]
         if self.stacked or (inputs == -1) != (_inputs_last(cells) != self.turned):
-            _refuse_product(self)
+            _require_plain(self)
             return product(x, self.dense(), bias)
         entrance, *others = [cell.entrance for cell in cells]
         rows = [cell.shape[0 if _inputs_last(cells) else 1] for cell in cells]
@@ -243,10 +243,8 @@ class Packed(Tensor):
             if argument.alias_info is not None and argument.alias_info.is_write
         ):
             raise RuntimeError(f"{func} would change packed weights in place; load the model with --format dense")
-        if func in _PRODUCTS:
-            for packed in args:
-                if isinstance(packed, Packed):
-                    _refuse_product(packed)
+        if func.overloadpacket in _MISLEADING:
+            tree_map_only(Packed, _require_plain, (tuple(args), dict(kwargs or {})))
         args, kwargs = tree_map_only(Packed, Packed.dense, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)
 
@@ -277,11 +275,12 @@ def _same(one: Entrance, other: Entrance) -> bool:
     return torch.equal(one.scale, other.scale)
 
 
-def _refuse_product(packed: Packed) -> None:
+def _require_plain(packed: Packed) -> None:
+    """RuntimeError where inputs go through something, which a dense tensor would forget."""
     if any(cell.entrance.hadamard or cell.entrance.activations for cell in packed.cells):
         raise RuntimeError(
-            "this product of a packed weight is not one that knows what its inputs go through (linear, addmm and "
-            'matmul are); load mixtures of experts with experts_implementation="eager"'
+            "a packed weight whose inputs are rotated or rounded first knows of this in linear, addmm and matmul only; "
+            'run mixtures of experts with experts_implementation="eager", or use --format dense'
         )
 
 
@@ -305,7 +304,7 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: f
 def _matmul(x: Tensor, weight: Tensor) -> Tensor:
     if not isinstance(weight, Packed) or isinstance(x, Packed):
         if isinstance(x, Packed):
-            _refuse_product(x)
+            _require_plain(x)
         return torch.matmul(_dense(x), _dense(weight))
     return weight.times(x, lambda x, dense, _bias: torch.matmul(x, dense), -2)
 
@@ -389,7 +388,12 @@ _OPERATIONS: Mapping[Any, Callable[..., Any]] = {
 }
 """What stays packed; None where it does not."""
 
-_PRODUCTS = frozenset(
-    getattr(_aten, name).default
-    for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "_grouped_mm")
+_MISLEADING = frozenset(
+    getattr(_aten, name)
+    for name in (
+        *("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "_grouped_mm"),
+        *("select", "slice", "index", "index_select", "gather", "cat", "stack", "unbind", "split", "split_with_sizes"),
+        *("view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose"),
+    )
 )
+"""Products, and what leads to one of a dense tensor."""

@@ -17,6 +17,7 @@ from tersely.errors import CheckpointError
 from tersely.evaluation.engines import Engine, Ready, Task, Timed
 from tersely.evaluation.engines.memory import resident
 from tersely.runtime import find_device, load_model, max_positions
+from tersely.runtime.packed import Packed
 
 
 class TransformersEngine:
@@ -84,5 +85,6 @@ def _format(network: Any, dtype: str) -> str:
     facts = config if isinstance(config, dict) else config.to_dict()
     named = [facts.get("format"), (facts.get("quantization_config") or {}).get("format"), facts.get("quant_method")]
     stored = str(next(name for name in [*named, "quantized"] if name))
-    packed = any(not w.is_floating_point() and w.ndim == 2 for w in network.state_dict().values())
+    weights = network.state_dict().values()
+    packed = any(isinstance(w, Packed) or (not w.is_floating_point() and w.ndim == 2) for w in weights)
     return stored if packed else f"{stored}, unpacked to {dtype}"

@@ -27,9 +27,9 @@ class PV:
     """Tokens of a step."""
     own_texts: int = 1024
     """Sequences that the parent writes, at temperature 1."""
-    rate: float = 0.01
+    rate: float = 0.003
     """Of the copies, in steps of their grids."""
-    value_rate: float = 0.001
+    value_rate: float = 0.002
     """Of scales and codebooks, relative to their sizes."""
     change: float = 0.01
     """Share of the codes of a weight that may change in one step."""
