@@ -320,7 +320,9 @@ def test_splitting_is_the_inverse_of_stacking(symmetric: bool) -> None:
     one, other = gaussian(5, 32, 1), gaussian(3, 32, 2)
     stacked = Encoded((nearest(torch.cat([one, other]), 4, 16, symmetric=symmetric),), "a note")
     for piece, weight_OI in zip(stacked.split([5, 3]), (one, other), strict=True):
-        assert same(piece.parts[0], nearest(weight_OI, 4, 16, symmetric=symmetric))
+        (part,) = piece.parts
+        assert isinstance(part, Integers)
+        assert same(part, nearest(weight_OI, 4, 16, symmetric=symmetric))
         assert piece.note == "a note"
 
 

@@ -88,14 +88,14 @@ def tokens_of(text: str) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_are_frozen_dataclasses_with_a_documented_name_and_defaults(method: type[Encode]) -> None:
-    made: Any = make(method)
-    assert dataclasses.is_dataclass(made)
+    made = make(method)
+    assert made.needs <= MEASURES.keys()
+    assert dataclasses.is_dataclass(method)
     field = next(iter(method_fields(method)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(made, field, getattr(made, field))
     assert tokens_of(method.__doc__ or "")
     assert method.name == method.name.lower()
-    assert made.needs <= MEASURES.keys()
 
 
 def test_names_of_methods_are_distinct() -> None:

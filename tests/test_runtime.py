@@ -10,8 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tersely.checkpoint import open_checkpoint
+from tersely.codecs.low_rank import LowRank
+from tersely.compression import compress
+from tersely.encoding import Format
 from tersely.errors import CheckpointError, UsageError
+from tersely.export.adapter import write_adapter
+from tersely.graph import read_graph
+from tersely.measure import Statistics
+from tersely.methods.encode.lqer import LQER
+from tersely.methods.encode.rtn import RTN
+from tersely.plan.recipe import Recipe, Step
 from tersely.runtime import generate, load_model, load_tokenizer, quiet
+from tersely.stored import open_stored
+from tests import tiny as families
+from tests.plain import write_changed
+from tests.tiny import inputs, load
 from tests.words import write_model
 
 
@@ -73,6 +87,34 @@ def test_compressed_tensors_of_mixed_widths_load_as_what_was_compressed(tiny: Pa
     with torch.inference_mode():
         assert torch.equal(found(input_ids=ids_BL).logits, expected)
         assert not torch.allclose(load_model(tiny)(input_ids=ids_BL).logits, expected, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize("format", ["dense", "compressed-tensors"])
+def test_an_adapter_beside_the_weights_is_added(
+    format: Format, model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT adds it to an ordinary checkpoint of the same values."""
+    source = families.tiny(model_type, tmp_path / "source")
+    checkpoint = open_checkpoint(source)
+    graph = read_graph(checkpoint)
+    compress(source, Recipe((Step("linear", RTN(bits=3, group=16)),)), tmp_path / "out", format=format)
+    method = LQER(rank=2, scaled=False, factors="plain", bits=3, group=16)
+    encoded = {w.name: method(checkpoint[w.name], Statistics(w.columns)) for w in graph.select("linear")}
+    low_rank = {name: part for name, e in encoded.items() if isinstance(part := e.parts[1], LowRank)}
+    write_adapter(tmp_path / "out" / "adapter", graph, low_rank, "base")
+    plain: Any = load(write_changed(source, tmp_path / "plain", dict(open_stored(tmp_path / "out"))))
+    plain.load_adapter(str(tmp_path / "out" / "adapter"))
+    with torch.no_grad():
+        found = load_model(tmp_path / "out")(**inputs(model_type)).logits
+        assert torch.equal(found, plain(**inputs(model_type)).logits)
+        (tmp_path / "out" / "adapter").rename(tmp_path / "adapter")
+        assert not torch.allclose(found, load_model(tmp_path / "out")(**inputs(model_type)).logits, atol=1e-3)
+    (tmp_path / "adapter").rename(tmp_path / "out" / "adapter")
+    monkeypatch.setattr("tersely.runtime.loading.find_spec", lambda _name: None)
+    with pytest.raises(UsageError, match=r"pip install 'tersely\[adapter\]'"):
+        load_model(tmp_path / "out")
 
 
 def test_what_is_no_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:

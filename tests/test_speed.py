@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
-import struct
 import sys
 import types
 from pathlib import Path
@@ -20,6 +18,7 @@ from tersely.evaluation.engines import Task, process
 from tersely.evaluation.engines.transformers import TransformersEngine
 from tersely.evaluation.engines.worker import prompts
 from tersely.evaluation.speed import Race, race, speed
+from tersely.export.gguf import write_gguf
 from tersely.plan.recipe import load_recipe
 from tersely.report.speed_tables import speed_table
 from tersely.results import Speed
@@ -353,7 +352,9 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint folder, and the same weights as a GGUF file."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'tersely[llama-cpp]'")
     folder = tiny("qwen3", tmp_path_factory.mktemp("qwen3"))
-    return folder, write_gguf(folder, tmp_path_factory.mktemp("gguf") / "model.gguf")
+    file = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_gguf(folder, file)
+    return folder, file
 
 
 def test_llama_cpp_chooses_what_transformers_finds_most_likely(qwen: tuple[Path, Path]) -> None:
@@ -395,71 +396,3 @@ def test_a_damaged_gguf_file_is_an_error(qwen: tuple[Path, Path], tmp_path: Path
 def test_a_gguf_file_has_no_other_dtype(qwen: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match="runs as it is stored"):
         speed(qwen[1], dtype="float16")
-
-
-def write_gguf(folder: Path, file: Path) -> Path:
-    """A qwen3 checkpoint as a GGUF file in float32, without a tokenizer."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    numbers = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
-        "vocab_size": config["vocab_size"],
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
-    }
-    text, whole, real = 8, 4, 6
-    fields = [_named("general.architecture", text, "qwen3"), _named("tokenizer.ggml.model", text, "none")]
-    fields.append(_named("general.file_type", whole, 0))
-    fields += [_named(f"qwen3.{k}", real if isinstance(v, float) else whole, v) for k, v in numbers.items()]
-    tensors = {
-        _gguf_name(name): weight.to(torch.float32).contiguous()
-        for name, weight in load(folder).state_dict().items()
-        if name != "lm_head.weight" or not config["tie_word_embeddings"]
-    }
-    infos, data = [], bytearray()
-    for name, weight in tensors.items():
-        shape = weight.shape[::-1]
-        infos.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data)))
-        data += weight.numpy().tobytes()
-        data += bytes(-len(data) % 32)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields)) + b"".join(fields) + b"".join(infos)
-    file.write_bytes(head + bytes(-len(head) % 32) + data)
-    return file
-
-
-def _gguf_name(name: str) -> str:
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "model.layers.": "blk.",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "input_layernorm": "attn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    for old, new in names.items():
-        name = name.replace(old, new)
-    return name
-
-
-def _named(key: str, kind: int, value: str | int | float) -> bytes:
-    packed = _string(value) if isinstance(value, str) else struct.pack("<f" if kind == 6 else "<I", value)
-    return _string(key) + struct.pack("<I", kind) + packed
-
-
-def _string(text: str) -> bytes:
-    return struct.pack("<Q", len(text)) + text.encode()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tersely.codecs import Encoded, Integers, Part
 from tersely.codecs.affine import Affine
+from tersely.codecs.codebook import Lookup, LookupForm, nearest_labels
 from tersely.codecs.ternary import Ternary, TernaryForm, ternarize
 from tersely.codecs.vectors import Vectors
 from tersely.measure import Statistics
@@ -38,6 +39,11 @@ def ternary(weight_OI: Tensor) -> Encoded:
     return Encoded((Ternary(codes, scale, TernaryForm(GROUP, "trits")),))
 
 
+def lookup(weight_OI: Tensor) -> Encoded:
+    table = weight_OI.float().quantile(torch.linspace(0.05, 0.95, 8), dim=1).t().contiguous().to(weight_OI.dtype)
+    return Encoded((Lookup(nearest_labels(weight_OI, table), table, LookupForm(3)),))
+
+
 def aqlm(weight_OI: Tensor, codebooks: int = 2) -> Encoded:
     return AQLM(codebooks=codebooks, bits=3, group=4, rounds=1)(weight_OI, nothing())
 
@@ -48,13 +54,16 @@ ENCODED: dict[str, Callable[[Tensor], Encoded]] = {
     "affine": lambda w: HQQ(bits=3, group=GROUP)(w, nothing()),
     "ternary": ternary,
     "vectors": aqlm,
+    "tables": lookup,
     "with low rank": lambda w: LQER(bits=3, group=GROUP, rank=4)(w, nothing()),
 }
 GRIDS = ("symmetric", "asymmetric", "affine", "ternary")
 
 
 def codes_of(part: Part) -> Tensor:
-    assert isinstance(part, Integers | Affine | Ternary | Vectors)
+    assert isinstance(part, Integers | Affine | Ternary | Vectors | Lookup)
+    if isinstance(part, Lookup):
+        return part.labels_OI
     return part.codes_ONM if isinstance(part, Vectors) else part.codes_OI
 
 
@@ -83,7 +92,7 @@ def test_views_begin_at_exactly_what_they_are_given(name: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ENCODED)
 def test_what_runs_is_what_would_be_stored_bit_for_bit_wherever_it_has_moved(name: str, dtype: torch.dtype) -> None:
-    """PV (a): codes and codebooks reconstruct exactly the weight that ran."""
+    """PV (a): codes and codebooks reconstruct exactly the weight that ran; (g): in as many bytes as the form says."""
     weight_OI = weights(dtype=dtype)
     given = ENCODED[name](weight_OI)
     views = trainable(given, weight_OI)
@@ -97,6 +106,7 @@ def test_what_runs_is_what_would_be_stored_bit_for_bit_wherever_it_has_moved(nam
     forms = zip(stored(views).parts, given.parts, strict=True)
     for part, before in forms:
         again = part.form.read(part.tensors(), 24, 64, dtype)
+        assert sum(t.nbytes for t in part.tensors().values()) == part.form.nbytes(24, 64, dtype)
         assert part.form == before.form
         assert torch.equal(again.decode(), part.decode())
 
@@ -116,7 +126,7 @@ def test_inside_the_grid_the_gradient_of_a_weight_is_that_of_its_latent(name: st
     torch.testing.assert_close(grad.flatten(1), expected)
 
 
-@pytest.mark.parametrize("name", ["symmetric", "asymmetric", "affine", "ternary", "vectors"])
+@pytest.mark.parametrize("name", ["symmetric", "asymmetric", "affine", "ternary", "vectors", "tables"])
 def test_the_gradients_of_values_are_the_true_ones_for_fixed_codes(name: str) -> None:
     """By central differences: with the codes held, the weight is smooth in scales and codebooks."""
     weight_OI = weights()
@@ -137,7 +147,7 @@ def test_the_gradients_of_values_are_the_true_ones_for_fixed_codes(name: str) ->
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.01, 0.1, 1.0])
-@pytest.mark.parametrize("name", ["symmetric", "affine", "ternary", "vectors"])
+@pytest.mark.parametrize("name", ["symmetric", "affine", "ternary", "vectors", "tables"])
 def test_no_more_codes_change_than_the_limit_allows(name: str, limit: float) -> None:
     """PV (b)."""
     weight_OI = weights()
@@ -187,7 +197,7 @@ def test_with_several_codebooks_a_search_never_ends_farther_away() -> None:
 
 def test_latents_that_forget_everything_lie_on_their_codes_again() -> None:
     weight_OI = weights()
-    for name in ("symmetric", "vectors"):
+    for name in ("symmetric", "vectors", "tables"):
         (view,) = trainable(ENCODED[name](weight_OI), weight_OI)
         push(view, 2.0)
         view.settle(0.05, 1.0)
