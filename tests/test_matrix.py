@@ -1,5 +1,5 @@
 """The table of docs/formats.md, cell by cell: what it says loads gives our logits there, and what it says does not is
-refused."""
+refused. And the recipes of docs/quantization.md: the demo's model takes each as it stands."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from tersely.checkpoint import open_checkpoint
 from tersely.codecs.activations import ACTIVATIONS
 from tersely.codecs.entrance import Entrance
 from tersely.compression import compress
+from tersely.demo import CALIBRATION, MODEL
 from tersely.errors import UsageError
 from tersely.export.folder import export_folder
 from tersely.export.gguf import write_gguf
 from tersely.graph import read_graph
+from tersely.job import prepare
 from tersely.methods import METHODS, Encode
 from tersely.methods.encode.aser import ASER
 from tersely.methods.encode.fp8 import FP8
@@ -31,6 +33,7 @@ from tests.plain import write_changed
 from tests.test_adapter import adapted
 from tests.test_compressed_tensors import in_memory
 from tests.test_gguf import EIGHT_BITS, error, theirs
+from tests.test_readme import blocks
 from tests.tiny import forward, inputs, load, tiny
 from tests.tokens import write_text, write_tokenizer
 
@@ -39,6 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using GROUP strategy for both:UserWarning"),  # of compressed-tensors
 ]
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
+RECIPES = blocks(PAGE.with_name("quantization.md"), "toml")
 READERS = ("compressed-tensors", "tersely", "dense", "GGUF", "adapter")
 SMALL: Mapping[str, Any] = {"group": 32, "rank": 4, "outliers": 2, "codebooks": 1, "rounds": 3}
 """Settings that suit a tiny model, for the methods that have them."""
@@ -209,3 +213,12 @@ def test_a_cell_of_the_table_is_what_happens(
     found = forward(own if reader == "tersely" else out)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     assert (found - forward(source)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=range(1, 1 + len(RECIPES)))
+def test_a_recipe_of_the_page_is_one_that_the_demo_takes(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe)
+    job = prepare(MODEL, tmp_path / "recipe.toml", tmp_path / "out", calibration=CALIBRATION)
+    own = any(step.hadamard or isinstance(step.method, ASER) for step in job.steps.values())
+    assert job.format == ("tersely" if own else "compressed-tensors")
+    assert job.steps.keys() == {w.name for w in job.graph.select("linear")}

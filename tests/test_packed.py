@@ -24,7 +24,7 @@ from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.codecs import Encoded, Scheme
 from tersely.codecs.entrance import Entrance
 from tersely.compression import compress
-from tersely.errors import CheckpointError
+from tersely.errors import CheckpointError, UsageError
 from tersely.evaluation.blame import blame
 from tersely.evaluation.engines.transformers import TransformersEngine
 from tersely.evaluation.swapping import Direction, differences, replaced
@@ -36,7 +36,8 @@ from tersely.methods.encode.rtn import RTN
 from tersely.plan.recipe import Recipe, Step, recipe_from_toml
 from tersely.registration import when_imported
 from tersely.runtime import load_model
-from tersely.runtime.packed import Cell, Held, Packed
+from tersely.runtime.held import Cell, Held
+from tersely.runtime.packed import Packed
 from tersely.stored import Entry, open_stored
 from tersely.stream import Stop, stream
 from tersely.verify import verify
@@ -257,8 +258,10 @@ def test_what_cannot_be_done_is_refused(mixture: Path, tmp_path: Path) -> None:
     network: Any = load(mixture)
     with pytest.raises(ValueError, match="not serializable"):
         network.save_pretrained(tmp_path / "saved")
-    with pytest.raises(Exception, match="packed experts run one by one"):
+    with pytest.raises(UsageError, match="packed experts run one by one"):
         transformers.AutoModelForCausalLM.from_pretrained(mixture, experts_implementation="grouped_mm")
+    with pytest.raises(UsageError, match="cannot be offloaded"):
+        transformers.AutoModelForCausalLM.from_pretrained(mixture, device_map={"model": "cpu", "lm_head": "disk"})
     weight = network.model.layers[0].self_attn.q_proj.weight
     with pytest.raises(RuntimeError, match="in place"):
         weight.add_(1)
@@ -373,6 +376,17 @@ def test_other_numbers_can_be_put_in_and_what_was_there_back() -> None:
     assert torch.equal(linear(x, packed), before)
     target = torch.zeros(16, 32)
     assert torch.equal(target.copy_(packed), dense)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "low rank" not in name] + ["sparse"])
+def test_large_weights_are_decoded_some_rows_at_a_time(
+    name: str, source: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_from_toml(RECIPES.get(name, step("linear", "squeezellm", bits=3)) + CALIBRATION)
+    compress(source("llama"), recipe, tmp_path / "out", calibration=text, format="tersely")
+    whole = forward(tmp_path / "out")
+    monkeypatch.setattr("tersely.runtime.held._BLOCK", 64 * 10)
+    assert torch.equal(forward(tmp_path / "out"), whole)
 
 
 # What measures models

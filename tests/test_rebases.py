@@ -166,6 +166,12 @@ def test_an_online_hadamard_product_leaves_the_model_as_it_is(
     assert all(row.error < 0.02 for row in other.rows)
     with pytest.raises(UsageError, match="work for when the model runs"):
         compress(source("llama"), turned, tmp_path / "dense", calibration=text, format="dense")
+    few = Recipe((Step("*.down_proj", GPTQ(group=16)), Step("*.q_proj", GPTQ(group=16), hadamard=16)), TEXT)
+    with pytest.raises(UsageError, match=r"differs among .*q_proj.*k_proj.*v_proj"):
+        compress(source("llama"), few, tmp_path / "bad", calibration=text)
+    fused = Recipe((Step("*.w1", RTN(group=16), "int8"), Step("*.w3 | *.w2", RTN(group=16))))
+    with pytest.raises(UsageError, match="which transformers holds as one"):
+        compress(source("mixtral"), fused, tmp_path / "bad")
     bad = Recipe((Step("*.down_proj", GPTQ(group=16), hadamard=24),), TEXT)
     with pytest.raises(UsageError, match="power of two that divides"):
         compress(source("llama"), bad, tmp_path / "bad", calibration=text)

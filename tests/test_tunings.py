@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 
 from tersely.checkpoint import open_checkpoint
 from tersely.compression import compress
-from tersely.errors import UsageError
+from tersely.errors import OutputError, UsageError
 from tersely.graph import read_graph
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.nf4 import NF4
@@ -52,6 +54,17 @@ def test_a_tuned_model_is_nearer_to_its_source_and_as_large_as_before(
     one, other = open_stored(tmp_path / "plain"), open_stored(tmp_path / "tuned")
     assert one.entries == other.entries
     assert any(not torch.equal(one[name], other[name]) for name in one.entries)
+
+
+def test_static_scales_of_inputs_stay_what_they_were(llama: Path, text: Path, tmp_path: Path) -> None:
+    encode = Step("linear", RTN(bits=8, group=0), "int8-static")
+    compress(llama, Recipe((encode,), TEXT), tmp_path / "plain", calibration=text)
+    recipe = Recipe((encode, Tuning("linear", Distill(**FEW))), TEXT)
+    compress(llama, recipe, tmp_path / "tuned", calibration=text)
+    plain, tuned = open_checkpoint(tmp_path / "plain"), open_checkpoint(tmp_path / "tuned")
+    scales = [name for name in plain if name.endswith("input_scale")]
+    assert scales
+    assert all(torch.equal(plain[name], tuned[name]) for name in scales)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "t5"])
@@ -115,3 +128,32 @@ def test_gradients_of_the_loss_reach_the_methods_that_ask_for_them(llama: Path, 
     report = compress(llama, Recipe((Step("linear", SqueezeLLM(bits=3)),), TEXT), tmp_path / "out", calibration=text)
     assert report.format == "tersely"
     assert not any("no gradients" in row.note for row in report.rows)
+
+
+def test_a_job_in_several_steps_continues_where_it_was_and_never_takes_what_another_left(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(
+        (Change("residual", Rotate()), Step("linear", RTN(bits=3, group=16)), Tuning("linear", Distill(**FEW))), TEXT
+    )
+    compress(llama, recipe, tmp_path / "whole", calibration=text)
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tersely.compression.tune_whole", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compress(llama, recipe, tmp_path / "out", calibration=text)
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / "out.partial")
+    with pytest.raises(OutputError, match="holds an unfinished job"):
+        compress(llama, recipe, tmp_path / "out", calibration=text)
+    other = dataclasses.replace(recipe, seed=1)
+    with pytest.raises(OutputError, match="holds another job"):
+        compress(llama, other, tmp_path / "out", calibration=text, resume=True)
+    compress(llama, recipe, tmp_path / "out", calibration=text, resume=True)
+    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "out" / n).read_bytes() for n in files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]

@@ -6,12 +6,13 @@ cost; nothing is written. `run` does the job. No method, family or format is kno
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from tersely import __version__
 from tersely.allocation import allocated
 from tersely.calibrated import calibrated, running
 from tersely.encoding import Format, Result, Source, encode, encode_free, require_finite, result
+from tersely.errors import OutputError
 from tersely.export import compressed_tensors
 from tersely.fisher import fishers
 from tersely.graph import read_graph
@@ -35,7 +37,7 @@ from tersely.rotation import rotate
 from tersely.stored import Entry, groups_from_plain, groups_to_plain, leaf_name, open_stored
 from tersely.stream import Value
 from tersely.tuning import tune_whole
-from tersely.writer import Stored, Writer, refuse_existing
+from tersely.writer import Stored, Writer, refuse_existing, replace_file
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the job that is done, 0 to 1."""
@@ -96,14 +98,14 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         }
         if resume and job.out.is_dir():
             return finished(job, facts)
-        with _between(job) as folder:
+        whole = [tuning for tuning in job.recipe.tunings if tuning.whole]
+        with _between(job, facts, resume) if free or whole else nullcontext(Path()) as folder:
             if free:
                 say("change of basis", 0.0)
                 made = rotate(job.checkpoint, free, job.recipe.seed, folder / "rotated", facts, resume)
                 job = replace(job, checkpoint=made, graph=read_graph(made))
             measured = _measured_of_weights(job, say)
             job = replace(job, steps=allocated(job, say))
-            whole = [tuning for tuning in job.recipe.tunings if tuning.whole]
             if whole:
                 encoded = replace(job, out=folder / "encoded", format="tersely")
                 if not encoded.out.is_dir():
@@ -116,9 +118,21 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
 
 
 @contextmanager
-def _between(job: Job) -> Iterator[Path]:
-    """Where folders lie that are only read by what comes after them; gone when the job is done."""
+def _between(job: Job, facts: Mapping[str, Any], resume: bool) -> Iterator[Path]:
+    """Where folders lie that are only read by what comes after them; gone when the job is done.
+
+    OutputError where those of another job lie there, or of this one without `resume`.
+    """
     folder = job.out.with_name(f"{job.out.name}.between")
+    record, ours = folder / "job.json", json.dumps(facts, indent=2, sort_keys=True).encode()
+    if folder.exists():
+        if not resume:
+            raise OutputError(f"{folder} holds an unfinished job; continue it with --resume, or remove that folder")
+        if not record.is_file() or record.read_bytes() != ours:
+            raise OutputError(f"{folder} holds another job; ask for the same job again, or remove that folder")
+    else:
+        folder.mkdir(parents=True)
+        replace_file(record, ours)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -197,7 +211,11 @@ def _tuned(
                         step = job.steps[weight.name]
                         value, own = source.value(weight, step, job.device), tuned[weight.name]
                         nothing = Statistics(weight.columns, job.device)
-                        results[weight.name] = result(weight, step, value, own, nothing, job.format)
+                        made = result(weight, step, value, own, nothing, job.format)
+                        # The static scale of its inputs, if any: no activations are measured here.
+                        leaves = stored.leaves(weight.name)
+                        beside = {leaf_name(weight.name, n): t for n, t in leaves.items() if n not in own.tensors()}
+                        results[weight.name] = replace(made, stored={**made.stored, **beside})
                 writer.put(file, *_unit(job, source, unit, results))
         return _finish(job, writer, facts, kept, list(units.values()), [note])
     finally:

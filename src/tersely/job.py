@@ -104,6 +104,8 @@ def prepare(
         tunings=recipe.tunings,
         gradients=fisher_bytes(graph, steep, max(map(len, data.ids))) if data and steep else 0,
         output=_output_bytes(checkpoint, graph, schemes, chosen),
+        between=(checkpoint.nbytes if free else 0)
+        + (2 * _output_bytes(checkpoint, graph, schemes, "tersely") if any(t.whole for t in recipe.tunings) else 0),
         out=Path(out),
         dtype=dtype,
         device=where,

@@ -82,6 +82,7 @@ def estimate(
     tunings: Sequence[Tuning],
     gradients: int,
     output: int,
+    between: int,
     out: Path,
     dtype: torch.dtype,
     device: torch.device,
@@ -89,7 +90,7 @@ def estimate(
     """Expected peak and duration of a job.
 
     sequences: tokens of each sequence of calibration text. gradients: memory that measuring those of the loss needs;
-    0: they are not measured. output: bytes of the finished weights.
+    0: they are not measured. output: bytes of the finished weights; between: of folders that only a later step reads.
     """
     tokens = sum(sequences)
     blocks = [graph.unit(u) for u in graph.units]
@@ -145,7 +146,7 @@ def estimate(
                 once = 2 * sum(map(_numel, own)) * tokens / len(sequences)
                 seconds += 4 * once * tuning.method.steps * tuning.method.batch / _flops_per_second(device)
     # Units lie beside the folder that is put together from them until it is whole.
-    disk = 2 * output * (2 if any(tuning.whole for tuning in tunings) else 1)
+    disk = 2 * output + between
     return Cost(memory, disk, seconds, psutil.virtual_memory().available, _free(out), output, on_device)
 
 

@@ -281,6 +281,7 @@ def assign(recipe: Recipe, graph: Graph) -> dict[str, Step]:
         except UsageError as error:
             place = f"{weight.path}, block {weight.block}" if weight.block is not None else weight.path
             raise UsageError(f"{error} ({place})") from error
+    _check_inputs(graph, chosen)
     for name, step in chosen.items():
         if "fisher" in step.needs and (step.hadamard or any(change.needs for change in recipe.changes)):
             raise UsageError(
@@ -299,6 +300,35 @@ def assign(recipe: Recipe, graph: Graph) -> dict[str, Step]:
                 "before it (rotate may stay)"
             )
     return chosen
+
+
+def _check_inputs(graph: Graph, chosen: Mapping[str, Step]) -> None:
+    """UsageError where weights that meet the same inputs ask for different things to happen to them."""
+    nothing = ("", 0)
+    for unit in graph.units:
+        asked = {
+            w.name: (step.activations, step.hadamard) if (step := chosen.get(w.name)) else nothing
+            for w in graph.unit(unit)
+            if w.kind == "linear"
+        }
+        shared: dict[str, list[str]] = {}
+        for weight in graph.unit(unit):
+            if weight.kind == "linear":
+                shared.setdefault(weight.statistics, []).append(weight.name)
+        fused: dict[tuple[str, int | None], list[str]] = {}
+        for parameter, pieces in graph.parameters(unit).items():
+            for piece in pieces:
+                if piece.weight.kind == "linear":
+                    fused.setdefault((parameter, piece.index), []).append(piece.weight.name)
+        for names in shared.values():
+            if len({asked[name][1] for name in names}) > 1:
+                raise UsageError(f"hadamard differs among {', '.join(names)}, which share their inputs; set it for all")
+        for names in fused.values():
+            if len({asked[name] for name in names}) > 1:
+                raise UsageError(
+                    f"activations or hadamard differ among {', '.join(names)}, which transformers holds as one; set them "
+                    "for all"
+                )
 
 
 def spaces(change: Change, graph: Graph) -> tuple[str, ...]:

@@ -84,6 +84,8 @@ def load_model(
                 output_loading_info=True,
                 **placed,
             )
+        except (CheckpointError, UsageError):
+            raise
         except Exception as error:
             raise CheckpointError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
         _require_complete(path, info)

@@ -14,7 +14,6 @@ Shapes: O outputs, I inputs, E experts (slots of a stacked parameter), ... leadi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Self, final
 
 import torch
@@ -22,77 +21,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from tersely.codecs.entrance import Entrance
-from tersely.hadamard import hadamard
-from tersely.stored import Entry
+from tersely.runtime.held import Cell, Held
 
 _aten = torch.ops.aten
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """An encoded weight as it lies."""
-
-    name: str
-    entry: Entry
-    leaves: Mapping[str, Tensor]
-    """Its stored tensors, by leaf."""
-
-    def to(self, device: torch.device) -> Held:
-        return replace(self, leaves={leaf: tensor.to(device) for leaf, tensor in self.leaves.items()})
-
-    def copied(self) -> Held:
-        return replace(self, leaves={leaf: tensor.clone() for leaf, tensor in self.leaves.items()})
-
-    @property
-    def entrance(self) -> Entrance:
-        return self.entry.entrance(self.leaves)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.leaves.values())
-
-    def multiplied(self) -> Tensor:
-        """What its inputs multiply behind their entrance, as the model holds a weight."""
-        return self._oriented(self.entry.read(self.leaves, self.name).decode())
-
-    def full(self) -> Tensor | None:
-        """The share (O, I) that meets inputs before they are rounded."""
-        return self.entry.read(self.leaves, self.name).full() if self.entry.scheme.activations else None
-
-    def value(self) -> Tensor:
-        """The weight that it stands for, in the source's basis, as the model holds it."""
-        decoded, order = self.entry.read(self.leaves, self.name).decode(), self.entry.scheme.hadamard
-        return self._oriented(hadamard(decoded, order) if order else decoded)
-
-    def _oriented(self, decoded_OI: Tensor) -> Tensor:
-        return decoded_OI.t().contiguous() if self.entry.transposed else decoded_OI
-
-
-@dataclass(eq=False)
-class Cell:
-    """A place for one stored weight. What is in it can be exchanged, and all views of the parameter see it."""
-
-    held: Held | Tensor
-    shape: tuple[int, int]
-    """As the model holds it."""
-
-    @property
-    def entrance(self) -> Entrance:
-        return self.held.entrance if isinstance(self.held, Held) else Entrance()
-
-    def leaves(self) -> tuple[Tensor, ...]:
-        return tuple(self.held.leaves.values()) if isinstance(self.held, Held) else (self.held,)
-
-    def multiplied(self, dtype: torch.dtype) -> Tensor:
-        return (self.held.multiplied() if isinstance(self.held, Held) else self.held).to(dtype)
-
-    def value(self, dtype: torch.dtype) -> Tensor:
-        return (self.held.value() if isinstance(self.held, Held) else self.held).to(dtype)
-
-    def full(self) -> Tensor | None:
-        return self.held.full() if isinstance(self.held, Held) else None
-
-
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Of inputs (..., I), a dense weight and a bias."""
 Slots = tuple[tuple[Cell, ...], ...]

@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersely.errors import CheckpointError, UsageError
 from tersely.graph import Piece, read_graph
-from tersely.runtime.packed import Cell, Held, Packed, Slots
+from tersely.runtime.held import Cell, Held
+from tersely.runtime.packed import Packed, Slots
 from tersely.stored import QUANT_METHOD, Stored, open_stored
 
 _BUFFER = "packed_bytes_of_"
@@ -68,6 +69,10 @@ class TerselyQuantizer(HfQuantizer):
         config._experts_implementation = "eager"
         return config
 
+    def update_device_map(self, device_map: Any) -> Any:
+        _require_resident(device_map)
+        return device_map
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_how: Any
     ) -> None:
@@ -93,11 +98,7 @@ class TerselyQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {""}
 
     def _process_model_after_weight_loading(self, model: Any, **_how: Any) -> Any:
-        devices = {torch.device(d).type for d in getattr(model, "hf_device_map", {}).values() if d != "disk"}
-        if "disk" in getattr(model, "hf_device_map", {}).values() or ("cpu" in devices and len(devices) > 1):
-            raise UsageError(
-                'packed weights cannot be offloaded to memory or disk; choose one device: device_map={"": "cpu"}'
-            )
+        _require_resident(getattr(model, "hf_device_map", None))
         assert self._stored is not None
         for place in self._places:
             device = place.owner.get_buffer(_BUFFER + place.leaf).device
@@ -130,6 +131,14 @@ def register() -> None:
     """Make the quantizer known to transformers."""
     register_quantization_config(QUANT_METHOD)(TerselyConfig)
     register_quantizer(QUANT_METHOD)(TerselyQuantizer)
+
+
+def _require_resident(device_map: Any) -> None:
+    """UsageError where some of the model would wait outside the device that computes."""
+    places = set(device_map.values()) if isinstance(device_map, Mapping) else set()
+    kinds = {place if place == "disk" else torch.device(place).type for place in places}
+    if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
+        raise UsageError('packed weights cannot be offloaded to memory or disk; use device_map={"": "cpu"}, or a GPU')
 
 
 def _places(model: Any, stored: Stored) -> list[_Place]:
