@@ -326,8 +326,8 @@ def _check_inputs(graph: Graph, chosen: Mapping[str, Step]) -> None:
         for names in fused.values():
             if len({asked[name] for name in names}) > 1:
                 raise UsageError(
-                    f"activations or hadamard differ among {', '.join(names)}, which transformers holds as one; set them "
-                    "for all"
+                    f"activations or hadamard differ among {', '.join(names)}, which transformers holds as one; set "
+                    "them for all"
                 )
 
 
