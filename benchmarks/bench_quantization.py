@@ -10,8 +10,9 @@ drivers in peers/ printed (one JSON list), measured under the same protocol. Res
 benchmarks/results/DATE-quantization.json, so that a run can be made in parts.
 
 Protocols: stories-3m calibrates on the first 256 stories and is evaluated on the last 200, each alone, 512 tokens at
-most; the house models calibrate on windows of 256 tokens of books/train.txt and are evaluated on books/valid.txt, 200
-windows of 257 tokens, one every 1500.
+most; the house models calibrate on 256 windows of 256 tokens from the first 300,000 characters of books/train.txt and
+are evaluated on 200 windows of 257 tokens, drawn evenly from books/valid.txt. Peers' rows of the house models are the
+weights that they left, in float32, evaluated by the same command.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def data_of(model: str, assets: Path, work: Path) -> tuple[str, list[str]]:
         return f"{text}[:256]", ["--text", f"{text}[-200:]", "--context", "512"]
     books = assets / "data" / "books"
     part = work / "books.txt"
-    part.write_text((books / "train.txt").read_text("utf-8")[:1_500_000], "utf-8")
+    part.write_text((books / "train.txt").read_text("utf-8")[:300_000], "utf-8")
     return str(part), ["--text", str(books / "valid.txt"), "--context", "257", "--samples", "200"]
 
 

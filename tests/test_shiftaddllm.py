@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,10 +16,8 @@ from tersely.errors import UsageError
 from tersely.measure import Statistics
 from tersely.methods.encode.shiftaddllm import (
     ShiftAddLLM,
-    allocate,
     fit,
     greedy_signs,
-    importance,
     nearest_signs,
     signed_sums,
     solve_scales,
@@ -271,66 +269,3 @@ def test_what_could_not_be_done_is_said() -> None:
 def test_settings_that_do_not_exist_are_refused_by_name(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(settings))):
         ShiftAddLLM(**settings)
-
-
-# Bits by importance
-
-
-def test_the_importance_is_that_of_the_paper() -> None:
-    weight_OI, stats = gaussian(), measured()
-    assert stats.gram_II is not None
-    damped = stats.gram_II.double() + 0.01 * stats.gram_II.diagonal().mean() * torch.eye(COLUMNS)
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    scaled = weight_OI.double() / upper.diagonal()
-    expected = float(scaled.norm() * scaled.std(correction=0) ** 2)
-    assert importance(weight_OI, stats.gram_II) == pytest.approx(expected, rel=1e-3)
-    assert importance(2 * weight_OI, stats.gram_II) == pytest.approx(8 * expected, rel=1e-3)
-
-
-@pytest.mark.parametrize("average", [2.0, 2.2, 2.5, 3.0, 3.7, 4.0])
-def test_the_average_is_the_one_requested(average: float) -> None:
-    """(g)"""
-    importances = {f"w{i}": float(v) for i, v in enumerate(gaussian(1, 10)[0].exp())}
-    bits = allocate(importances, dict.fromkeys(importances, 4096), average, (2, 3, 4))
-    assert sum(bits.values()) / len(bits) == pytest.approx(average)
-
-
-def test_weights_of_several_sizes_come_as_near_as_whole_weights_can() -> None:
-    importances = {f"w{i}": float(v) for i, v in enumerate(gaussian(1, 12)[0].exp())}
-    sizes = {name: 1000 * (1 + i % 3) for i, name in enumerate(importances)}
-    total = sum(sizes.values())
-    for average in (2.3, 2.6, 2.9):
-        bits = allocate(importances, sizes, average, (2, 3))
-        spent = sum(bits[n] * sizes[n] for n in bits)
-        assert spent <= average * total
-        smallest_left = min(sizes[n] for n in bits if bits[n] == 2)
-        assert average * total - spent < smallest_left
-
-
-def test_the_most_important_weights_get_the_bits() -> None:
-    importances = {"a": 1.0, "b": 5.0, "c": 3.0, "d": 0.1, "e": 2.0}
-    bits = allocate(importances, dict.fromkeys(importances, 10), 2.4, (2, 3))
-    assert bits == {"a": 2, "b": 3, "c": 3, "d": 2, "e": 2}
-
-
-@pytest.mark.parametrize("average", [1.4, 2.0, 2.6])
-def test_no_other_bits_of_that_average_lose_less(average: float) -> None:
-    importances = {f"w{i}": float(v) for i, v in enumerate(gaussian(1, 5, 3)[0].exp())}
-    choices = (1, 2, 3, 4)
-
-    def loss(bits: tuple[int, ...]) -> float:
-        return sum(i * 4.0**-b for i, b in zip(importances.values(), bits, strict=True))
-
-    budget = round(average * 5)
-    best = min(loss(bits) for bits in product(choices, repeat=5) if sum(bits) <= budget)
-    found = allocate(importances, dict.fromkeys(importances, 7), average, choices)
-    assert loss(tuple(found.values())) == pytest.approx(best)
-
-
-def test_what_cannot_be_allocated_is_refused() -> None:
-    one = {"w": 1.0}
-    with pytest.raises(UsageError, match=r"average=5: expected a mean within the choices \[2, 3\]"):
-        allocate(one, {"w": 4}, 5, (2, 3))
-    with pytest.raises(UsageError, match="missing: v"):
-        allocate(one, {"w": 4, "v": 2}, 2, (2, 3))
-    assert allocate(one, {"w": 4}, 2, (2,)) == {"w": 2}

@@ -14,9 +14,7 @@ import torch
 from tersely.checkpoint import open_checkpoint
 from tersely.compression import compress
 from tersely.errors import OutputError, UsageError
-from tersely.graph import read_graph
 from tersely.methods.encode.gptq import GPTQ
-from tersely.methods.encode.nf4 import NF4
 from tersely.methods.encode.rtn import RTN
 from tersely.methods.encode.squeezellm import SqueezeLLM
 from tersely.methods.rebase.rotate import Rotate
@@ -109,19 +107,6 @@ def test_a_recipe_that_tunes_is_read_back() -> None:
         (Step("linear", GPTQ(), average_bits=2.5), Tuning("mlp", PV()), Tuning("linear", SignRound())), TEXT
     )
     assert recipe_from_toml(recipe.to_toml()) == recipe
-
-
-def test_mean_bits_are_kept_and_the_weights_that_matter_get_more(llama: Path, text: Path, tmp_path: Path) -> None:
-    recipe = Recipe((Step("linear", GPTQ(group=16), average_bits=3.5),), TEXT)
-    compress(llama, recipe, tmp_path / "out", calibration=text)
-    stored, graph = open_stored(tmp_path / "out"), read_graph(open_checkpoint(llama))
-    bits = {name: entry.scheme.parts[0].bits for name, entry in stored.entries.items()}  # type: ignore[attr-defined]
-    sizes = {name: graph.weight(name).rows * graph.weight(name).columns for name in bits}
-    mean = sum(bits[name] * sizes[name] for name in bits) / sum(sizes.values())
-    assert 3.3 < mean <= 3.5
-    assert len(set(bits.values())) > 1
-    with pytest.raises(UsageError, match="has no bits to choose"):
-        Step("linear", NF4(), average_bits=3.0)
 
 
 def test_gradients_of_the_loss_reach_the_methods_that_ask_for_them(llama: Path, text: Path, tmp_path: Path) -> None:

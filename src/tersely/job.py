@@ -96,7 +96,7 @@ def prepare(
             f"--calibration {calibration} has no effect: no step of this recipe measures anything; leave it out, "
             "or take a recipe that does, such as w4a16-gptq"
         )
-    steep = [name for name, step in steps.items() if "fisher" in step.needs]
+    steep = [name for name, step in steps.items() if "fisher" in step.needs or step.average_bits]
     cost = estimate(
         graph,
         steps,

@@ -47,7 +47,7 @@ from tersely.runtime.policy import CachePolicy, policy_from_plain, policy_to_pla
 
 _INPUTS = {"activations": str, "hadamard": int, "average_bits": float}
 """Settings of every step that encodes, whatever its method."""
-_IMPORTANCE = frozenset({"gram"})
+_LOSSES = frozenset({"text"})
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Step:
     def needs(self) -> frozenset[str]:
         """What must be measured on calibration text."""
         rounding = ACTIVATIONS[self.activations].needs if self.activations else frozenset()
-        return self.method.needs | rounding | (_IMPORTANCE if self.average_bits else frozenset())
+        return self.method.needs | rounding | (_LOSSES if self.average_bits else frozenset())
 
     def scheme(self, rows: int, columns: int) -> Scheme:
         """How a weight of this shape will be stored, the largest where the method decides by the values."""

@@ -7,8 +7,7 @@ at once, S weights of each; L = 2^N values that N signs can give.
 from __future__ import annotations
 
 import dataclasses
-import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +18,7 @@ from tersely.codecs import Encoded
 from tersely.codecs.binary import Binary, BinaryForm, Powers, snap
 from tersely.errors import UsageError
 from tersely.measure import Statistics
-from tersely.methods.encode.sweep import Factor, factorize, prepare, sweep
+from tersely.methods.encode.sweep import Factor, prepare, sweep
 from tersely.methods.protocol import Work
 
 Mode = Literal["accuracy", "latency"]
@@ -243,50 +242,3 @@ def _sweep_blocks(
         for k in range(a, b):
             target_O = torch.addmv(target_BO[k - a], error_IO[a:k].t(), passed_II[a:k, k])
             torch.sub(weight_IO[k], rounded(order[k], target_O), out=error_IO[k])
-
-
-def importance(weight_OI: Tensor, gram_II: Tensor, damping: float = 0.01) -> float:
-    """How much a weight loses by few bits: ||S||_F std(S)^2 with S = W / diag(chol(H^-1)), the paper's measure.
-
-    Importances compare weights whose Gram matrices are sums over the same tokens. UsageError: no Cholesky factor.
-    """
-    factor = factorize(gram_II, damping=damping, act_order=False)
-    if factor is None:
-        raise UsageError("the Gram matrix has no Cholesky factor with damping up to 1; calibrate with more tokens")
-    # H = R R^T gives H^-1 = U^T U with U = R^-1, whose diagonal is 1 / R_kk.
-    scaled = weight_OI.double() * factor.lower_II.diagonal().flip(0).double()
-    return float(torch.linalg.vector_norm(scaled) * scaled.std(correction=0) ** 2)
-
-
-def allocate(
-    importances: Mapping[str, float], sizes: Mapping[str, int], average: float, choices: Sequence[int]
-) -> dict[str, int]:
-    """Bits for each weight: the least sum of importance * 4^-bits whose mean over all elements is not above `average`.
-
-    Every weight starts at the fewest bits; steps up are taken by what they gain for a bit, as long as they fit. For
-    weights of one size and choices that follow one another this is the optimum, and the mean is `average` wherever that
-    is possible. UsageError: an average outside the choices, or weights without an importance or size.
-    """
-    levels = sorted(set(choices))
-    if not levels or not levels[0] <= average <= levels[-1]:
-        raise UsageError(f"average={average:g}: expected a mean within the choices {levels}")
-    if importances.keys() != sizes.keys():
-        raise UsageError(f"importances or sizes are missing: {', '.join(sorted(importances.keys() ^ sizes.keys()))}")
-    left = round(average * sum(sizes.values())) - levels[0] * sum(sizes.values())
-    bits = dict.fromkeys(importances, 0)
-
-    def step(name: str) -> tuple[float, str]:
-        low, high = levels[bits[name]], levels[bits[name] + 1]
-        return -importances[name] * (4.0**-low - 4.0**-high) / ((high - low) * sizes[name]), name
-
-    steps = [step(name) for name in bits] if len(levels) > 1 else []
-    heapq.heapify(steps)
-    while steps:
-        _, name = heapq.heappop(steps)
-        price = (levels[bits[name] + 1] - levels[bits[name]]) * sizes[name]
-        if price <= left:
-            left -= price
-            bits[name] += 1
-            if bits[name] + 1 < len(levels):
-                heapq.heappush(steps, step(name))
-    return {name: levels[level] for name, level in bits.items()}
