@@ -227,7 +227,9 @@ def test_the_estimate_grows_with_the_text_and_with_what_is_tuned(llama: Case) ->
 
 
 def test_a_parent_writes_equal_texts_for_equal_seeds_as_long_as_asked(llama: Case) -> None:
-    first, again, other = (write_texts(llama.network, [7, 9], count=5, length=12, seed=s) for s in (0, 0, 1))
+    first, again, other = (
+        write_texts(llama.network, [7, 9], count=5, length=12, together=3, seed=s) for s in (0, 0, 1)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert [int(text[0]) for text in first] == [7, 9, 7, 9, 7]
@@ -237,7 +239,7 @@ def test_a_parent_writes_equal_texts_for_equal_seeds_as_long_as_asked(llama: Cas
 
 def test_texts_that_end_early_leave_those_that_go_on_as_they_are(llama: Case) -> None:
     """What is drawn from the model's own predictions is as likely as their entropy says."""
-    written = write_texts(llama.network, [7], count=64, length=12, seed=0)
+    written = write_texts(llama.network, [7], count=64, length=12, together=64, seed=0)
     assert len({len(text) for text in written}) > 1
     total = entropy = 0.0
     with torch.no_grad():

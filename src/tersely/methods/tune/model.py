@@ -25,6 +25,8 @@ from tersely.methods.tune.text import grouped, write_texts
 from tersely.methods.tune.trainable import Trainable, trainable, weight
 from tersely.methods.tune.trainable import encoded as stored
 
+_CACHE_BYTES = 1 << 29
+"""Of keys and values while the parent writes."""
 _LOGITS = 1 << 25
 """Of a micro-batch, at most (a sequence that has more runs alone)."""
 _COPIES = 10
@@ -70,7 +72,10 @@ def tune_model(
     longest = max(len(ids_L) for ids_L in sequences)
     if settings.own_texts:
         first = [int(ids_L[0]) for ids_L in sequences]
-        texts += write_texts(network, first, count=settings.own_texts, length=longest, seed=seed, progress=progress)
+        together = _together(graph, longest)
+        texts += write_texts(
+            network, first, count=settings.own_texts, length=longest, together=together, seed=seed, progress=progress
+        )
     batches = _steps(texts, settings, student.tokens, seed)
 
     def backward(step: int) -> float:
@@ -116,8 +121,14 @@ def tuning_work(graph: Graph, tuned: Sequence[Weight], settings: TuneModel, *, c
     widths = sum(w.rows + w.columns for w in graph.weights if w.kind == "linear")
     activations = 4 * micro * (3 * widths + 6 * vocabulary)
     everything = sum(_size(w) for w in graph.weights)
-    memory = 4 * (everything + _COPIES * own) + activations
+    memory = 4 * (everything + _COPIES * own) + activations + (_CACHE_BYTES if settings.own_texts else 0)
     return Work(flops=flops, loops=settings.tokens // settings.batch, memory=memory)
+
+
+def _together(graph: Graph, length: int) -> int:
+    """Sequences that the parent writes at once."""
+    token = 4 * len(graph.units) * sum(graph.sizes.get(space, graph.sizes["residual"]) for space in "kv")
+    return max(1, min(256, _CACHE_BYTES // (token * length)))
 
 
 def _size(weight: Weight) -> int:

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tersely.calibrate import MicroBatch, Sequences, micro_batches
 from tersely.methods.tune.protocol import Progress
 
-_BATCH = 256
+_MULTIPLE = 32
+"""To which lengths are filled up: libraries keep what they prepare for each shape."""
 
 
 @torch.no_grad()
@@ -24,18 +26,19 @@ def write_texts(
     *,
     count: int,
     length: int,
+    together: int,
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[Tensor, ...]:
-    """`count` sequences of 2 to `length` tokens, drawn from a causal model at temperature 1.
+    """`count` sequences of 2 to `length` tokens, drawn from a causal model at temperature 1, `together` at a time.
 
     first: what the sequences begin with, taken in turns. A sequence ends before the model's end token, or before a
     new beginning of text; one that ends at once keeps that token.
     """
     draw = torch.Generator().manual_seed(seed)
     texts: list[Tensor] = []
-    for start in range(0, count, _BATCH):
-        begin = [first[i % len(first)] for i in range(start, min(start + _BATCH, count))]
+    for start in range(0, count, together):
+        begin = [first[i % len(first)] for i in range(start, min(start + together, count))]
         texts += _write(network, torch.tensor(begin), length, draw)
         if progress is not None:
             progress(f"the parent writes text {len(texts)} of {count}", len(texts) / count)
@@ -79,5 +82,17 @@ def _ends(network: Any) -> frozenset[int]:
 
 
 def grouped(ids: Sequence[Tensor], tokens: int) -> tuple[MicroBatch, ...]:
-    """Sequences of a causal model in micro-batches of at most `tokens`, padded on the right."""
-    return micro_batches(Sequences(tuple(ids), "documents", (0,) * len(ids), ""), tokens=tokens, pad=True)
+    """Sequences of a causal model in micro-batches of at most about `tokens`, padded on the right."""
+    made = micro_batches(Sequences(tuple(ids), "documents", (0,) * len(ids), ""), tokens=tokens, pad=True)
+    longest = max(batch.ids_BL.shape[1] for batch in made)
+    return tuple(_filled_up(batch, longest) for batch in made)
+
+
+def _filled_up(batch: MicroBatch, longest: int) -> MicroBatch:
+    """Padded to a multiple of tokens, but not beyond the longest sequence of all."""
+    length = batch.ids_BL.shape[1]
+    missing = min(length + -length % _MULTIPLE, longest) - length
+    if not missing:
+        return batch
+    keep_BL = torch.ones_like(batch.ids_BL, dtype=torch.bool) if batch.keep_BL is None else batch.keep_BL
+    return MicroBatch(batch.index, pad(batch.ids_BL, (0, missing)), pad(keep_BL, (0, missing)))
