@@ -564,8 +564,8 @@ def test_ctrl_c_ends_with_code_130_and_resume_continues(
     out = tmp_path / "out"
     # Enough work that the job is not over before the signal, however busy the machine is.
     long = tmp_path / "long.txt"
-    long.write_text(text.read_text() * 40)
-    much = ("--set", "calibration.samples=64", "--set", "calibration.context=128")
+    long.write_text(text.read_text() * 200)
+    much = ("--set", "calibration.samples=320", "--set", "calibration.context=128")
     job = ["compress", str(source), str(out), "--recipe", "w4a16-gptq", "--calibration", str(long), *GROUP, *much]
     # Behind this process, which must see the first block in time.
     command = ["nice", "-n", "19", sys.executable, "-m", "tersely", *job]
