@@ -36,7 +36,7 @@ from tersely.evaluation.divergence import measure_text
 from tersely.evaluation.passes import Work, in_batches
 from tersely.evaluation.swapping import differences
 from tersely.graph import read_graph
-from tersely.plan.recipe import load_recipe
+from tersely.plan.reading import load_recipe
 from tersely.results import Blame
 from tersely.runtime import Loaded, load_model, load_tokenizer
 

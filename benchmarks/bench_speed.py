@@ -23,7 +23,7 @@ from rich.console import Console
 
 from tersely.compression import compress
 from tersely.evaluation.speed import Race, race, speed
-from tersely.plan.recipe import load_recipe
+from tersely.plan.reading import load_recipe
 from tersely.report.speed_tables import speed_table
 from tersely.results.plain import to_plain
 

@@ -67,7 +67,7 @@ def job(
     plan: dict[str, Any], out: Path, *, kill_at: int = 0, resume: bool = False, counting: Path | None = None
 ) -> None:
     from tersely.compression import compress
-    from tersely.plan.recipe import recipe_from_toml
+    from tersely.plan.reading import recipe_from_toml
 
     seen = 0
 

@@ -29,6 +29,8 @@ LAYERS = (
     ("fisher",),
     ("job",),
     ("allocation", "calibrated", "manifest", "tuning"),
+    ("units",),
+    ("ahead",),
     ("compression", "evaluation", "verify"),
     ("demo",),
     ("cli",),

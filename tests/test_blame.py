@@ -22,7 +22,7 @@ from tersely.evaluation import blame as module
 from tersely.evaluation import passes, schedule
 from tersely.evaluation.blame import blame
 from tersely.evaluation.store import Store
-from tersely.plan.recipe import load_recipe
+from tersely.plan.reading import load_recipe
 from tersely.report.blame_tables import blame_table
 from tersely.results import Blame
 from tersely.runtime import load_model

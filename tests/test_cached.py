@@ -14,7 +14,8 @@ from tersely.compression import compress
 from tersely.errors import UsageError
 from tersely.evaluation.evaluator import evaluate
 from tersely.methods.encode.rtn import RTN
-from tersely.plan.recipe import Recipe, Step, load_recipe, recipe_from_toml
+from tersely.plan.reading import load_recipe, recipe_from_toml
+from tersely.plan.recipe import Recipe, Step
 from tersely.runtime import generate
 from tersely.runtime.policy import FP8, KIVI
 from tersely.verify import verify

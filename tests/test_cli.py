@@ -24,7 +24,7 @@ import tersely
 from tersely.cli import main
 from tersely.families import families
 from tersely.methods import METHODS, REBASES, TUNES
-from tersely.plan.recipe import presets
+from tersely.plan.reading import presets
 from tests.tiny import tiny
 from tests.tokens import write_text, write_tokenizer
 

@@ -24,7 +24,8 @@ from tersely.errors import CheckpointError, DataError, OutputError, ResourceErro
 from tersely.job import prepare
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
-from tersely.plan.recipe import Calibration, Recipe, Step, recipe_from_toml
+from tersely.plan.reading import recipe_from_toml
+from tersely.plan.recipe import Calibration, Recipe, Step
 from tersely.results import Report, Row
 from tests.tiny import forward, tiny
 from tests.tokens import write_text, write_tokenizer

@@ -15,7 +15,7 @@ from tersely.calibrate import documents, read_text
 from tersely.cli import main
 from tersely.demo import CALIBRATION, EVALUATION, FOLDER, MODEL, RECIPE, Demo, run_demo
 from tersely.errors import OutputError
-from tersely.plan.recipe import load_recipe
+from tersely.plan.reading import load_recipe
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (CALIBRATION, EVALUATION, RECIPE, FOLDER / "README.md", *sorted(MODEL.glob("*")))

@@ -20,7 +20,8 @@ from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.lqer import LQER
 from tersely.methods.encode.nf4 import NF4
 from tersely.methods.encode.rtn import RTN
-from tersely.plan.recipe import Calibration, Recipe, Step, method_fields
+from tersely.plan.reading import method_fields
+from tersely.plan.recipe import Calibration, Recipe, Step
 from tersely.stored import open_stored
 from tersely.verify import verify
 from tests.tiny import forward

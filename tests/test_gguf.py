@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from tersely.compression import compress
 from tersely.errors import OutputError, TerselyError, UsageError
 from tersely.export.gguf import write_gguf
-from tersely.plan.recipe import load_recipe
+from tersely.plan.reading import load_recipe
 from tersely.results.gguf import GGUFReport
 from tests.tiny import forward, inputs, load, tiny
 

@@ -13,7 +13,7 @@ import pytest
 from tersely.checkpoint import open_checkpoint
 from tersely.compression import compress
 from tersely.demo import CALIBRATION, MODEL
-from tersely.plan.recipe import load_recipe
+from tersely.plan.reading import load_recipe
 
 PEER = Path(__file__).parent / "peer"
 CASES = {

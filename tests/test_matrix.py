@@ -27,7 +27,8 @@ from tersely.methods.encode.fp8 import FP8
 from tersely.methods.encode.mxfp4 import MXFP4
 from tersely.methods.encode.nvfp4 import NVFP4
 from tersely.methods.encode.rtn import RTN
-from tersely.plan.recipe import Calibration, Recipe, Step, method_fields
+from tersely.plan.reading import method_fields
+from tersely.plan.recipe import Calibration, Recipe, Step
 from tersely.stored import open_stored
 from tests.plain import write_changed
 from tests.test_adapter import adapted

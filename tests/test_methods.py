@@ -17,7 +17,7 @@ from tersely.measure import MEASURES, Statistics
 from tersely.methods import METHODS, Encode
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
-from tersely.plan.recipe import method_fields
+from tersely.plan.reading import method_fields
 
 ON_GRIDS: tuple[type[Encode], ...] = (RTN, GPTQ)
 """Methods that leave integers on uniform grids and have their settings."""

@@ -33,7 +33,8 @@ from tersely.hadamard import hadamard
 from tersely.measure import Statistics
 from tersely.methods.encode.lqer import LQER
 from tersely.methods.encode.rtn import RTN
-from tersely.plan.recipe import Recipe, Step, recipe_from_toml
+from tersely.plan.reading import recipe_from_toml
+from tersely.plan.recipe import Recipe, Step
 from tersely.registration import when_imported
 from tersely.runtime import load_model
 from tersely.runtime.held import Cell, Held
@@ -42,8 +43,7 @@ from tersely.stored import Entry, open_stored
 from tersely.stream import Stop, stream
 from tersely.verify import verify
 from tests.plain import logits_of, write_changed
-from tests.tiny import forward, inputs, load, tiny
-from tests.tokens import write_text, write_tokenizer
+from tests.tiny import forward, inputs, load
 
 CALIBRATION = "[calibration]\nsamples = 12\ncontext = 24\n"
 
@@ -75,23 +75,6 @@ CASES = [
     ("bert", "fp8 with a static scale"),
     ("phi3", "a low rank beside int8"),
 ]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = write_tokenizer(tiny(model_type, tmp_path_factory.mktemp(model_type)))
-        return made[model_type]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")

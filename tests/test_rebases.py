@@ -22,7 +22,9 @@ from tersely.methods.rebase.aser_smooth import ASERSmooth
 from tersely.methods.rebase.awq import AWQ
 from tersely.methods.rebase.rotate import Rotate
 from tersely.methods.rebase.smooth import Smooth
-from tersely.plan.recipe import Calibration, Change, Recipe, Step, recipe_from_toml, spaces
+from tersely.plan.assignment import spaces
+from tersely.plan.reading import recipe_from_toml
+from tersely.plan.recipe import Calibration, Change, Recipe, Step
 from tersely.rebase import Diagonal
 from tersely.rotation import rotate
 from tests.tiny import forward, tiny

@@ -19,18 +19,9 @@ from tersely.graph import Graph, read_graph
 from tersely.methods import METHODS, REBASES, TUNES
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
-from tersely.plan.recipe import (
-    Calibration,
-    Change,
-    Recipe,
-    Step,
-    Tuning,
-    assign,
-    load_recipe,
-    method_fields,
-    presets,
-    recipe_from_toml,
-)
+from tersely.plan.assignment import assign
+from tersely.plan.reading import load_recipe, method_fields, presets, recipe_from_toml
+from tersely.plan.recipe import Calibration, Change, Recipe, Step, Tuning
 from tests.tiny import tiny
 
 AnyMethod = Any
@@ -205,6 +196,17 @@ def test_overrides_reach_one_step_the_calibration_and_the_seed(tmp_path: Path) -
         Calibration(samples=5),
         7,
     )
+
+
+def test_overrides_say_what_steps_round_inputs_to_and_how_many_bits_they_have_on_average() -> None:
+    every = load_recipe("w4a16-gptq", ["activations=int8", "hadamard=64", "average_bits=4.5"])
+    one = load_recipe("w4a16-gptq", ["steps.0.activations=int8", "steps.0.hadamard=64", "steps.0.average_bits=4.5"])
+    assert one == every
+    (step,) = every.steps
+    assert isinstance(step, Step)
+    assert (step.activations, step.hadamard, step.average_bits) == ("int8", 64, 4.5)
+    with pytest.raises(UsageError, match="no setting named 'activations'"):
+        load_recipe("w8a8", ["steps.0.activations=int8"])  # a change of basis
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tersely.evaluation.engines.transformers import TransformersEngine
 from tersely.evaluation.engines.worker import prompts
 from tersely.evaluation.speed import Race, race, speed
 from tersely.export.gguf import write_gguf
-from tersely.plan.recipe import load_recipe
+from tersely.plan.reading import load_recipe
 from tersely.report.speed_tables import speed_table
 from tersely.results import Speed
 from tersely.runtime import load_model

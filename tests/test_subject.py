@@ -22,7 +22,7 @@ from tersely.checkpoint import read_header
 from tersely.compression import compress
 from tersely.errors import CheckpointError, UsageError
 from tersely.evaluation.subject import setting, subject
-from tersely.plan.recipe import load_recipe
+from tersely.plan.reading import load_recipe
 
 PAGE = 4096
 BIG = (512, 1024)  # of float32, 2 MiB: more than the pages that are sampled

@@ -19,11 +19,21 @@ import pytest
 import torch
 
 from tersely.errors import CheckpointError, DataError, UsageError
-from tersely.evaluation.tasks import TaskScores, check_tasks, grading, harness, run_tasks, running, task_names
+from tersely.evaluation.tasks import (
+    TaskScores,
+    budget,
+    check_tasks,
+    grading,
+    harness,
+    records,
+    run_tasks,
+    running,
+    task_names,
+)
 from tersely.evaluation.tasks.answers import Answers
 from tersely.evaluation.tasks.catalog import OWN
 from tersely.evaluation.tasks.harness import Prepared
-from tersely.evaluation.tasks.sources import Tokens
+from tersely.evaluation.tasks.items import Tokens
 from tersely.runtime import Loaded, load_model, load_tokenizer
 
 from .tiny import tiny
@@ -254,9 +264,9 @@ def simple(task: Prepared, chosen: Mapping[str, list[int]], model: Loaded) -> di
 def test_our_answers_are_those_of_the_harness_own_model_class(models: list[Loaded], data: Path, name: str) -> None:
     model = replace(models[0], tokenizer=copy.deepcopy(models[0].tokenizer))  # the harness gives it a padding token
     task = harness.prepare(name, data, Tokens(model.tokenizer, POSITIONS))
-    asked = running._Asked(task, running._order(task, 3), 5, count=5)
-    ours = running._samples(asked, running._harness_run(asked, reader(model, tokens=256)))
-    theirs = running._samples(asked, simple(task, running._chosen(asked), model))
+    asked = budget.Asked(task, running._order(task, 3), 5, count=5)
+    ours = records.samples(task, running._harness_run(asked, reader(model, tokens=256)))
+    theirs = records.samples(task, simple(task, running._chosen(asked), model))
     assert len(ours) == len(theirs) == 5
     for (_, one), (_, other) in zip(ours, theirs, strict=True):
         assert one["arguments"] == other["arguments"]
@@ -289,7 +299,7 @@ def test_a_shared_beginning_runs_once_and_changes_nothing(models: list[Loaded]) 
     begin = words(draw, 60)
     pairs = [(f"{begin} {words(draw, 3)}", f" {word}") for word in WORDS[:12]] + [("the cat", " sat on"), ("", "red")]
     shared, alone = reader(models[0]), reader(models[0])
-    alone._shares = False
+    alone.likelihoods.shares = False
     seen: list[int] = []
     with models[0].network.register_forward_pre_hook(
         lambda _module, _args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
@@ -298,7 +308,7 @@ def test_a_shared_beginning_runs_once_and_changes_nothing(models: list[Loaded]) 
         tokens = sum(seen)
         seen.clear()
         apart = alone.loglikelihood(requests(*pairs))
-    assert shared._shares is True
+    assert shared.likelihoods.shares is True
     assert tokens < sum(seen) / 3
     for (one, greedy), (other, as_well) in zip(together, apart, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
@@ -406,24 +416,24 @@ def test_a_budget_that_is_spent_asks_a_pilot_and_says_so(models: list[Loaded], d
     assert set(shares) == {1.0}
 
 
-def timed(most: int, rate: float, count: int = 2) -> running._Asked:
+def timed(most: int, rate: float, count: int = 2) -> budget.Asked:
     task = Prepared("x", "x", "x", "acc", "right", None, {}, {}, {}, {})
-    return running._Asked(task, [], most, count=count, rate=rate)
+    return budget.Asked(task, [], most, count=count, rate=rate)
 
 
 def test_all_tasks_get_the_same_time_and_what_one_cannot_use_goes_to_the_others() -> None:
     small, one, other = timed(12, 1.0), timed(10_000, 0.5), timed(10_000, 1.0)
-    given = running._shares([small, one, other], 210.0)
+    given = budget.shares([small, one, other], 210.0)
     assert given == pytest.approx([10.0, 100.0, 100.0], rel=1e-3)
-    assert running._shares([small, one], 1e9) == pytest.approx([small.time(12), one.time(10_000)])
+    assert budget.shares([small, one], 1e9) == pytest.approx([small.time(12), one.time(10_000)])
 
 
 def test_every_task_gets_its_fewest_items_before_any_gets_more() -> None:
     slow, quick = timed(1000, 10.0), timed(100_000, 0.01)
-    given = running._shares([slow, quick], 300.0)
+    given = budget.shares([slow, quick], 300.0)
     assert given[0] == pytest.approx(18 * 10.0, rel=1e-3)
     assert sum(given) == pytest.approx(300.0, rel=1e-3)
-    assert running._shares([slow, slow], 100.0) == pytest.approx([50.0, 50.0], rel=1e-3)
+    assert budget.shares([slow, slow], 100.0) == pytest.approx([50.0, 50.0], rel=1e-3)
 
 
 def test_progress_never_falls_and_ends_at_one(models: list[Loaded], data: Path) -> None:

@@ -20,7 +20,8 @@ from tersely.methods.encode.squeezellm import SqueezeLLM
 from tersely.methods.rebase.rotate import Rotate
 from tersely.methods.rebase.smooth import Smooth
 from tersely.methods.tune import PV, Distill, SignRound
-from tersely.plan.recipe import Calibration, Change, Recipe, Step, Tuning, recipe_from_toml
+from tersely.plan.reading import recipe_from_toml
+from tersely.plan.recipe import Calibration, Change, Recipe, Step, Tuning
 from tersely.stored import open_stored
 from tests.tiny import tiny
 from tests.tokens import write_tokenizer

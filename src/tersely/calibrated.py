@@ -17,9 +17,11 @@ from tersely.graph import Graph, Weight
 from tersely.hadamard import hadamard
 from tersely.job import Job
 from tersely.measure import Statistics
-from tersely.methods.tune import SignRound, tune_block
+from tersely.methods import TuneBlock
+from tersely.methods.tune import tune_block
+from tersely.plan.assignment import spaces
 from tersely.plan.cost import SUSPEND_BYTES, micro_batch_tokens, suspended_bytes
-from tersely.plan.recipe import Change, spaces
+from tersely.plan.recipe import Change
 from tersely.rebase import Diagonal, rebase
 from tersely.rotation import places, tie
 from tersely.stream import SURVEY, Measured, Recorded, Value, stream
@@ -40,7 +42,7 @@ def calibrated(
     assert job.data is not None
     graph, source = job.graph, Source(job.checkpoint)
     plain = not graph.has_experts
-    rounds = [t.method for t in job.recipe.tunings if isinstance(t.method, SignRound)]
+    rounds = [t.method for t in job.recipe.tunings if isinstance(t.method, TuneBlock)]
     # A step of learned rounding takes whole micro-batches: they hold as many sequences as its batch has.
     longest = max(len(ids_L) for ids_L in job.data.ids)
     batches = micro_batches(
@@ -80,7 +82,7 @@ def calibrated(
         """Tune what is encoded of a block towards what the block gave before."""
         for tuning, names in tuned.items():
             method = tuning.method
-            assert isinstance(method, SignRound)
+            assert isinstance(method, TuneBlock)
             own = {name: part for name, part in parts.items() if name in names}
             values = {name: source.value(graph.weight(name), job.steps[name], job.device).float() for name in own}
             rows = sum(len(each.index) for each in batches) / len(batches)

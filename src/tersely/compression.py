@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,30 +20,27 @@ import torch
 from torch import Tensor
 
 from tersely import __version__
+from tersely.ahead import Ahead, workers
 from tersely.allocation import allocated
-from tersely.calibrated import calibrated, running
-from tersely.encoding import Format, Result, Source, encode, encode_free, require_finite, result
+from tersely.calibrated import calibrated
+from tersely.encoding import Format, Source, result
 from tersely.errors import OutputError
-from tersely.export import compressed_tensors
 from tersely.fisher import fishers
 from tersely.graph import read_graph
 from tersely.job import Job, prepare
-from tersely.manifest import files, finished, fp8_cache, report
+from tersely.manifest import files, finished, report
 from tersely.measure import Statistics
 from tersely.plan.recipe import Recipe, Tuning
 from tersely.results import Report
 from tersely.rotation import rotate
-from tersely.stored import Entry, groups_from_plain, groups_to_plain, leaf_name, open_stored
+from tersely.stored import groups_from_plain, leaf_name, open_stored
 from tersely.stream import Value
 from tersely.tuning import tune_whole
-from tersely.writer import Stored, Writer, refuse_existing, replace_file
+from tersely.units import as_it_ran, encoded_free, files_of, keep, unit_of, units_of
+from tersely.writer import Writer, refuse_existing, replace_file
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the job that is done, 0 to 1."""
-_AHEAD_BYTES = 256_000_000
-"""Of the source's blocks that are encoded before they are written."""
-_GROUP_BYTES = 192_000_000
-"""Of a file of several blocks, or of one large tensor, that becomes a shard as it lies."""
 
 
 def compress(
@@ -84,10 +80,10 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
     job.cost.check(job.out)
     say = progress or _silent
     free = [change for change in job.recipe.changes if not change.needs]
-    with _workers() as pool, torch.no_grad():
+    with workers() as pool, torch.no_grad():
         # Without data the first blocks are encoded while the source is hashed.
         early = job.data is None and not resume and not free
-        ahead = _Ahead(pool, job, _groups(job)) if early else None
+        ahead = Ahead(pool, job, files_of(job)) if early else None
         facts = {
             "tersely": __version__,
             "source": job.origin.sha256(),
@@ -153,16 +149,16 @@ def _encode(
     measured: Mapping[str, Tensor],
     resume: bool,
     pool: ThreadPoolExecutor,
-    ahead: _Ahead | None,
+    ahead: Ahead | None,
     say: Progress,
 ) -> Report:
     """Encode every weight that a step selects, and write the folder."""
     writer = Writer(job.out, facts, resume=resume)
     try:
-        kept = _kept(job, writer, {})
+        kept = keep(job, writer, {})
         if job.data is None:
-            undone = {file: units for file, units in _groups(job).items() if not writer.done(file)}
-            encoded = _unmeasured(job, writer, say, ahead or _Ahead(pool, job, undone))
+            undone = {file: units for file, units in files_of(job).items() if not writer.done(file)}
+            encoded = _unmeasured(job, writer, say, ahead or Ahead(pool, job, undone))
         else:
             encoded = _calibrated(job, writer, measured, say)
         return _finish(job, writer, facts, kept, encoded)
@@ -199,10 +195,10 @@ def _tuned(
     try:
         stored = open_stored(encoded)
         tuned, vectors, note = tune_whole(job, stored, tunings, say)
-        kept = _kept(job, writer, vectors)
+        kept = keep(job, writer, vectors)
         source = Source(job.checkpoint)
         source.changed |= vectors
-        units = {unit: f"block-{number:05d}" for number, unit in enumerate(_units(job))}
+        units = {unit: f"block-{number:05d}" for number, unit in enumerate(units_of(job))}
         for unit, file in units.items():
             if not writer.done(file):
                 results = {}
@@ -216,62 +212,14 @@ def _tuned(
                         leaves = stored.leaves(weight.name)
                         beside = {leaf_name(weight.name, n): t for n, t in leaves.items() if n not in own.tensors()}
                         results[weight.name] = replace(made, stored={**made.stored, **beside})
-                writer.put(file, *_unit(job, source, unit, results))
+                writer.put(file, *unit_of(job, source, unit, results))
         return _finish(job, writer, facts, kept, list(units.values()), [note])
     finally:
         writer.close()
 
 
-def _kept(job: Job, writer: Writer, changed: Mapping[str, Tensor]) -> list[str]:
-    """What lies outside the blocks and is not encoded: copied from file to file, large tensors one by one."""
-    names = [w.name for w in job.graph.unit("") if w.name not in job.steps] + list(job.graph.extra)
-    large = [name for name in names if job.checkpoint.spec(name).nbytes >= _GROUP_BYTES]
-    small = [name for name in names if name not in large]
-    groups = {f"large-{n:05d}": [name] for n, name in enumerate(large)} | ({"small": small} if small else {})
-    for unit, own in groups.items():
-        if not writer.done(unit):
-            for name in own:
-                for piece in job.checkpoint.pieces(name):
-                    require_finite(name, piece)
-            specs = {name: job.checkpoint.spec(name) for name in own}
-            stored: dict[str, Tensor | Stored] = {
-                name: changed[name] if name in changed else Stored(job.checkpoint.path / spec.file, spec)
-                for name, spec in specs.items()
-            }
-            writer.put(unit, stored, {"rows": [], "groups": [], "outcome": {name: [name] for name in own}})
-    if not fp8_cache(job):
-        return list(groups)
-    if not writer.done("cache"):
-        scales = compressed_tensors.cache_scales(job.graph)
-        writer.put("cache", scales, {"rows": [], "groups": [], "outcome": {}, "scales": list(scales)})
-    return [*groups, "cache"]
-
-
-def _units(job: Job) -> list[str]:
-    """What is encoded, in order: the blocks, and "" for the head if a step selects it."""
-    return [*job.graph.units, *([""] if any(w.name in job.steps for w in job.graph.unit("")) else [])]
-
-
-def _groups(job: Job) -> dict[str, list[str]]:
-    """File -> blocks that a data-free job writes together: enough of them for a shard that is not written again."""
-    groups: dict[str, list[str]] = {}
-    room = 0
-    for unit in _units(job):
-        if room <= 0:
-            groups[f"blocks-{len(groups):05d}"] = []
-            room = _GROUP_BYTES
-        groups[f"blocks-{len(groups) - 1:05d}"].append(unit)
-        room -= sum(
-            w.spec.nbytes
-            if job.format == "dense" or w.name not in job.steps
-            else job.steps[w.name].scheme(w.rows, w.columns).nbytes(w.rows, w.columns, w.spec.dtype)
-            for w in job.graph.unit(unit)
-        )
-    return groups
-
-
-def _unmeasured(job: Job, writer: Writer, say: Progress, ahead: _Ahead) -> Iterator[str]:
-    groups = _groups(job)
+def _unmeasured(job: Job, writer: Writer, say: Progress, ahead: Ahead) -> Iterator[str]:
+    groups = files_of(job)
     for number, (file, units) in enumerate(groups.items()):
         if not writer.done(file):
             tensors: dict[str, Tensor] = {}
@@ -287,115 +235,19 @@ def _unmeasured(job: Job, writer: Writer, say: Progress, ahead: _Ahead) -> Itera
         yield file
 
 
-class _Ahead(Iterator[tuple[dict[str, Tensor], dict[str, Any]]]):
-    """Blocks encoded by workers, in order, a few ahead of the one that is taken."""
-
-    def __init__(self, pool: ThreadPoolExecutor, job: Job, groups: Mapping[str, Sequence[str]]) -> None:
-        self._pool, self._job = pool, job
-        block = max(sum(w.spec.nbytes for w in job.graph.unit(unit)) for unit in job.graph.units)
-        self._ahead = max(3, _AHEAD_BYTES // block)
-        self._rest = deque(unit for units in groups.values() for unit in units)
-        self._futures: deque[Future[tuple[dict[str, Tensor], dict[str, Any]]]] = deque()
-        self._fill()
-
-    def __next__(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if not self._futures:
-            raise StopIteration
-        result = self._futures.popleft().result()
-        self._fill()
-        return result
-
-    def _fill(self) -> None:
-        while self._rest and len(self._futures) < self._ahead:
-            self._futures.append(self._pool.submit(_free_unit, self._job, self._rest.popleft()))
-
-
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Two threads for data-free encoding; in them PyTorch starts none of its own, since rounding is bound by memory."""
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(2, initializer=_alone)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        # Always: the count of this thread has not changed, but threads made from now on would take the pool's.
-        torch.set_num_threads(threads)
-
-
-def _alone() -> None:
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-
-
 def _calibrated(job: Job, writer: Writer, measured: Mapping[str, Tensor], say: Progress) -> Iterator[str]:
     """Encode block by block while the calibration text runs through the model, then the head if a step selects it."""
-    named = {unit: f"block-{number:05d}" for number, unit in enumerate(_units(job))}
+    named = {unit: f"block-{number:05d}" for number, unit in enumerate(units_of(job))}
 
     def finished(unit: str) -> Mapping[str, Value] | None:
-        return _running(job, writer, named[unit], unit) if writer.done(named[unit]) else None
+        return as_it_ran(job, writer, named[unit], unit) if writer.done(named[unit]) else None
 
     for unit, results, source in calibrated(job, named, finished, measured, say):
-        writer.put(named[unit], *_unit(job, source, unit, results))
+        writer.put(named[unit], *unit_of(job, source, unit, results))
     for unit, file in named.items():
         if not writer.done(file):
-            writer.put(file, *_free_unit(job, unit, measured))
+            writer.put(file, *encoded_free(job, unit, measured))
         yield file
-
-
-def _free_unit(
-    job: Job, unit: str, measured: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Encode a unit of which no activations are measured."""
-    known = measured or {}
-    weights = [w for w in job.graph.unit(unit) if w.name in job.steps]
-    source = Source(job.checkpoint)
-    results = {
-        w.name: encode_free(source, w, job.steps[w.name], job.format, job.device)
-        for w in weights
-        if w.name not in known
-    }
-    measured_ones = [w for w in weights if w.name in known]
-    for weight, _, own in encode(source, measured_ones, job.steps, {}, job.format, job.device, known):
-        results[weight.name] = own
-    return _unit(job, source, unit, results)
-
-
-def _unit(
-    job: Job, source: Source, unit: str, results: Mapping[str, Result]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What is written of one unit: encoded weights, and all others of a block as they are; and the facts of it."""
-    tensors: dict[str, Tensor] = {}
-    outcome: dict[str, list[str]] = {}
-    for weight in job.graph.unit(unit):
-        if weight.name in results:
-            stored = results[weight.name].stored
-        elif unit:
-            stored = {weight.name: require_finite(weight.name, source[weight.name])}
-        else:
-            continue
-        tensors.update(stored)
-        outcome[weight.name] = sorted(stored)
-    encoded = [w for w in job.graph.unit(unit) if w.name in results]
-    rows = [vars(results[w.name].row) for w in encoded]
-    entries = {w.name: Entry(results[w.name].scheme, w.rows, w.columns, w.spec.dtype, w.transposed) for w in encoded}
-    return tensors, {"rows": rows, "groups": groups_to_plain(entries), "outcome": outcome}
-
-
-def _running(job: Job, writer: Writer, file: str, unit: str) -> dict[str, Value]:
-    """The tensors of a finished unit as they ran when it was made."""
-    tensors = writer.tensors(file)
-    entries = groups_from_plain(writer.facts(file)["groups"], str(job.out))
-    values: dict[str, Value] = {}
-    for weight in job.graph.unit(unit):
-        if job.format == "dense" or weight.name not in entries:
-            value = tensors[weight.name] if weight.name in tensors else job.checkpoint[weight.name]
-            values[weight.name] = Value(value.t() if weight.transposed and weight.kind == "linear" else value)
-            continue
-        prefix, entry = leaf_name(weight.name, ""), entries[weight.name]
-        leaves = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        values[weight.name] = running(entry.read(leaves, weight.name), entry.entrance(leaves))
-    return values
 
 
 def _silent(_what: str, _share: float) -> None:

@@ -44,3 +44,8 @@ class VerificationError(TerselyError):
     """A finished folder that is not what its manifest says, or does not run."""
 
     exit_code = 7
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough to stand in a message: its type and its first line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

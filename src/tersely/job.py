@@ -18,12 +18,13 @@ from tersely.errors import CheckpointError, UsageError
 from tersely.export import compressed_tensors
 from tersely.fisher import fisher_bytes
 from tersely.graph import Graph, read_graph
+from tersely.plan.assignment import assign, spaces
 from tersely.plan.cost import Cost, estimate
-from tersely.plan.recipe import Recipe, Step, assign, load_recipe, spaces
+from tersely.plan.reading import load_recipe
+from tersely.plan.recipe import Recipe, Step
 from tersely.rebase import check_rebase
 from tersely.rotation import places, planned, reader_columns, trial
 from tersely.runtime import find_device, load_tokenizer
-from tersely.runtime.policy import FP8, KIVI
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,9 @@ def _check_cache(recipe: Recipe, graph: Graph, format: Format) -> None:
         return
     if graph.family.auto_class != "CausalLM":
         raise UsageError(f"[cache]: a {graph.model_type} model writes no text from a cache of its own; leave it out")
-    if isinstance(recipe.cache, KIVI) and (head := graph.sizes.get("v", 0) // graph.sizes.get("kv_heads", 1)):
+    if head := graph.sizes.get("v", 0) // graph.sizes.get("kv_heads", 1):
         recipe.cache.check(head)
-    if isinstance(recipe.cache, FP8) and format == "compressed-tensors":
+    if recipe.cache.standard and format == "compressed-tensors":
         compressed_tensors.cache_scales(graph)
 
 

@@ -19,7 +19,7 @@ from tersely.export import compressed_tensors
 from tersely.job import Job
 from tersely.report.page import Dossier, render
 from tersely.results import Report, Row
-from tersely.runtime.policy import CONFIG_KEY, FP8, policy_to_plain
+from tersely.runtime.policy import CONFIG_KEY, policy_to_plain
 from tersely.stored import QUANT_METHOD, Entry, groups_to_plain
 from tersely.writer import FileContent, clear_work, differences
 
@@ -82,7 +82,7 @@ def files(
 
 def fp8_cache(job: Job) -> bool:
     """Whether the format itself says that keys and values are kept in FP8."""
-    return isinstance(job.recipe.cache, FP8) and job.format == "compressed-tensors"
+    return job.recipe.cache is not None and job.recipe.cache.standard and job.format == "compressed-tensors"
 
 
 def report(job: Job, plain: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) -> Report:

@@ -18,7 +18,8 @@ from torch import Tensor
 from tersely.checkpoint import Checkpoint, TensorSpec, open_checkpoint
 from tersely.graph import Graph, read_graph
 from tersely.measure import Statistics
-from tersely.plan.recipe import Change, spaces
+from tersely.plan.assignment import spaces
+from tersely.plan.recipe import Change
 from tersely.rebase import Basis, Diagonal, Orthogonal, fold_norms, rebase
 from tersely.writer import Writer
 

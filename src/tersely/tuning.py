@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tersely.codecs import Encoded
 from tersely.job import Job
+from tersely.methods import TuneModel
 from tersely.methods.tune import tune_model
 from tersely.plan.recipe import Tuning
 from tersely.runtime import load_model
@@ -29,7 +30,7 @@ def tune_whole(
     network = load_model(job.checkpoint.path, device=str(job.device), dtype=torch.float32)
     for tuning in tunings:
         method = tuning.method
-        assert not hasattr(method, "steps")
+        assert isinstance(method, TuneModel)
         chosen = {w.name for w in job.graph.select(tuning.where)}
         own: Mapping[str, Encoded] = {name: part for name, part in encoded.items() if name in chosen}
         found = tune_model(network, job.graph, own, job.data.ids, method, seed=job.recipe.seed, progress=say)

@@ -19,7 +19,8 @@ from tersely.graph import Graph, read_graph
 from tersely.measure import Statistics
 from tersely.methods.encode.gptq import GPTQ
 from tersely.methods.encode.rtn import RTN
-from tersely.plan.recipe import Calibration, Recipe, Step, assign
+from tersely.plan.assignment import assign
+from tersely.plan.recipe import Calibration, Recipe, Step
 from tersely.results import Report
 from tersely.stored import open_stored
 from tersely.stream import Stop, stream

@@ -265,7 +265,7 @@ def test_the_parameters_of_one_block_are_in_memory_at_a_time(
         built.append(own(*args))
         return built[-1]
 
-    monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr("tersely.stream.paged.build", build)
     _, graph = source(model_type)
 
     def real() -> set[str]:
@@ -393,7 +393,7 @@ def test_an_error_inside_a_flow_reaches_the_caller_and_leaves_no_mode(
         model.get_submodule(f"model.layers.1.{place}").forward = fail
         return model
 
-    monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr("tersely.stream.paged.build", build)
     _, graph = source("llama")
     before = modes()
     seen = []

@@ -42,7 +42,7 @@ def compress(options: argparse.Namespace) -> None:
 
 def _job(options: argparse.Namespace) -> Job:
     from tersely.job import prepare
-    from tersely.plan.recipe import load_recipe
+    from tersely.plan.reading import load_recipe
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     return prepare(

@@ -33,7 +33,7 @@ def families(options: argparse.Namespace) -> None:
 
 def methods(options: argparse.Namespace) -> None:
     from tersely.methods import METHODS, REBASES, TUNES
-    from tersely.plan.recipe import method_fields
+    from tersely.plan.reading import method_fields
     from tersely.report.terminal import table
 
     rows = [
@@ -51,7 +51,7 @@ def methods(options: argparse.Namespace) -> None:
 
 
 def recipes(options: argparse.Namespace) -> None:
-    from tersely.plan.recipe import presets
+    from tersely.plan.reading import presets
     from tersely.report.terminal import table
 
     rows = [(name, text.splitlines()[0].lstrip("# ")) for name, text in presets().items()]

@@ -24,7 +24,7 @@ from tersely.codecs.codebook import LookupForm, NormalFloatForm
 from tersely.codecs.columns import ColumnsForm
 from tersely.codecs.floats import FP8Form, MXFP4Form, NVFP4Form
 from tersely.codecs.integer import IntegerForm, Integers
-from tersely.codecs.low_rank import LowRank, LowRankForm
+from tersely.codecs.low_rank import LowRankForm
 from tersely.codecs.planes import PlanesForm
 from tersely.codecs.sparse import SparseForm
 from tersely.codecs.ternary import TernaryForm
@@ -50,6 +50,11 @@ class Form(Protocol):
 
     kind: ClassVar[str]
     """Its name in a config."""
+
+    @property
+    def full_inputs(self) -> bool:
+        """Whether it multiplies the inputs as they come, where those of the weight are rounded."""
+        ...
 
     def nbytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         """Bytes of the stored tensors for a weight (rows, columns) of this dtype, all of them counted."""
@@ -168,7 +173,7 @@ class Encoded:
 
     def full(self) -> Tensor | None:
         """The share of the parts that meet the inputs as they come, before they are quantized; None: no part does."""
-        parts = [part.decode() for part in self.parts if isinstance(part, LowRank) and part.form.inputs == "full"]
+        parts = [part.decode() for part in self.parts if part.form.full_inputs]
         return sum(parts[1:], parts[0]) if parts else None
 
     def tensors(self) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class AffineForm:
     """Integer codes with real-valued zero points; group 0: all inputs of an output share a scale."""
 
     kind: ClassVar[str] = "affine"
+    full_inputs: ClassVar[bool] = False
 
     bits: int
     group: int

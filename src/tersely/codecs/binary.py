@@ -36,6 +36,7 @@ class BinaryForm:
     """Binary matrices; `rows` outputs (0: all) by `columns` inputs share a scale for each, of at most `terms` terms."""
 
     kind: ClassVar[str] = "binary"
+    full_inputs: ClassVar[bool] = False
 
     bits: int
     """Matrices."""

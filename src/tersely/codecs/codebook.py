@@ -37,6 +37,7 @@ class LookupForm:
     """Labels of `bits` bits into a table of 2^bits values per output."""
 
     kind: ClassVar[str] = "lookup"
+    full_inputs: ClassVar[bool] = False
 
     bits: int
 
@@ -100,6 +101,7 @@ class NormalFloatForm:
     """
 
     kind: ClassVar[str] = "nf4"
+    full_inputs: ClassVar[bool] = False
 
     block: int
     double: bool

@@ -20,6 +20,7 @@ class ColumnsForm:
     """Columns in the dtype of the weight, and their indices."""
 
     kind: ClassVar[str] = "columns"
+    full_inputs: ClassVar[bool] = False
 
     count: int
 

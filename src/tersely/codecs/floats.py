@@ -92,6 +92,7 @@ class FP8Form:
     """E4M3 with one scale for the weight, for each output, or for each block of 128 x 128."""
 
     kind: ClassVar[str] = "fp8"
+    full_inputs: ClassVar[bool] = False
     element: ClassVar[Element] = E4M3
 
     scales: Scales
@@ -135,6 +136,7 @@ class MXFP4Form:
     """E2M1 with a power of two for every 32 inputs of an output."""
 
     kind: ClassVar[str] = "mxfp4"
+    full_inputs: ClassVar[bool] = False
     element: ClassVar[Element] = E2M1
     group: ClassVar[int] = 32
 
@@ -162,6 +164,7 @@ class NVFP4Form:
     """E2M1 with an E4M3 scale for every 16 inputs of an output, over a float32 divisor of the whole weight."""
 
     kind: ClassVar[str] = "nvfp4"
+    full_inputs: ClassVar[bool] = False
     element: ClassVar[Element] = E2M1
     group: ClassVar[int] = 16
 

@@ -38,6 +38,7 @@ class IntegerForm:
     """
 
     kind: ClassVar[str] = "integers"
+    full_inputs: ClassVar[bool] = False
 
     bits: int
     group: int

@@ -39,6 +39,10 @@ class LowRankForm:
     factors: Factors
     inputs: Inputs
 
+    @property
+    def full_inputs(self) -> bool:
+        return self.inputs == "full"
+
     def nbytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         if self.factors == "plain":
             return self.rank * (rows + columns) * dtype.itemsize

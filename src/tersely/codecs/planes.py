@@ -36,6 +36,7 @@ class PlanesForm:
     """
 
     kind: ClassVar[str] = "planes"
+    full_inputs: ClassVar[bool] = False
 
     bits: int
     group: int

@@ -21,6 +21,7 @@ class SparseForm:
     """Values in the weight's dtype, their columns, and where each row starts among them."""
 
     kind: ClassVar[str] = "sparse"
+    full_inputs: ClassVar[bool] = False
 
     density: float
     """Values per weight; round(density * rows * columns) of them are stored."""

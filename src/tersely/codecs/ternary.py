@@ -35,6 +35,7 @@ class TernaryForm:
     """
 
     kind: ClassVar[str] = "ternary"
+    full_inputs: ClassVar[bool] = False
 
     group: int
     packing: Packing

@@ -24,6 +24,7 @@ class VectorForm:
     """`codebooks` codes of `bits` bits for every `group` inputs of an output; a scale for each output."""
 
     kind: ClassVar[str] = "vectors"
+    full_inputs: ClassVar[bool] = False
 
     codebooks: int
     bits: int

@@ -75,7 +75,7 @@ def _entries(stored: Stored, to: Target) -> dict[str, Entry]:
     for name, entry in stored.entries.items():
         forms = tuple(form for form in entry.scheme.parts if not isinstance(form, LowRankForm))
         branch = [form for form in entry.scheme.parts if isinstance(form, LowRankForm)]
-        if entry.scheme.activations and any(form.inputs != "full" for form in branch):
+        if entry.scheme.activations and not all(form.full_inputs for form in branch):
             raise UsageError(
                 f"{name}: its low-rank part multiplies rounded inputs, and PEFT multiplies them as they come; compress "
                 'with inputs = "full", or leave activations out'

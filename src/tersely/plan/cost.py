@@ -21,7 +21,8 @@ import torch
 
 from tersely.errors import ResourceError, UsageError
 from tersely.graph import Graph, Weight
-from tersely.methods.tune import PV, Distill, SignRound, tuning_work
+from tersely.methods import TuneModel
+from tersely.methods.tune import rounding_work, tuning_work
 from tersely.plan.recipe import Step, Tuning
 
 SUSPEND_BYTES = 512 << 20
@@ -138,13 +139,12 @@ def estimate(
         )
         for tuning in tunings:
             own = [graph.weight(name) for name in {w.name for w in graph.select(tuning.where)}]
-            if isinstance(tuning.method, Distill | PV):
+            if isinstance(tuning.method, TuneModel):
                 needed = tuning_work(graph, own, tuning.method, context=max(sequences), texts=len(sequences))
-                memory = max(memory, _LIBRARIES_MEASURED + needed.memory)
-                seconds += 2 * needed.flops / _flops_per_second(device)
-            elif isinstance(tuning.method, SignRound):
-                once = 2 * sum(map(_numel, own)) * tokens / len(sequences)
-                seconds += 4 * once * tuning.method.steps * tuning.method.batch / _flops_per_second(device)
+            else:
+                needed = rounding_work(own, tuning.method, context=tokens // len(sequences))
+            memory = max(memory, _LIBRARIES_MEASURED + needed.memory)
+            seconds += 2 * needed.flops / _flops_per_second(device)
     # Units lie beside the folder that is put together from them until it is whole.
     disk = 2 * output + between
     return Cost(memory, disk, seconds, psutil.virtual_memory().available, _free(out), output, on_device)

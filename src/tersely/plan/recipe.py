@@ -16,36 +16,26 @@
     group  = 128
 
 A weight that several steps select takes the last of them. Steps that choose another basis (smooth, awq, rotate) come
-first; their `where` names spaces: `residual`, `mlp`, or `normed` for all that lie behind a norm in a block. A step that
-ends with no weight or space, a key that does not exist and a value of another type are errors: nothing in a recipe is
-without effect.
+first; their `where` names spaces: `residual`, `mlp`, or `normed` for all that lie behind a norm in a block. Nothing in
+a recipe is without effect: what has none is an error (`reading`; where only the model can tell, `assignment`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import hashlib
 import json
 import math
-import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from tersely.codecs import Scheme
 from tersely.codecs.activations import ACTIVATIONS
 from tersely.errors import UsageError
-from tersely.graph import Graph
-from tersely.hadamard import check_order
-from tersely.methods import METHODS, REBASES, TUNES, Encode, Method, Rebase, TuneBlock, TuneModel
-from tersely.methods.tune import SignRound
-from tersely.runtime.policy import CachePolicy, policy_from_plain, policy_to_plain
+from tersely.methods import Encode, Rebase, TuneBlock, TuneModel
+from tersely.runtime.policy import CachePolicy, policy_to_plain
 
-_INPUTS = {"activations": str, "hadamard": int, "average_bits": float}
+INPUTS = {"activations": str, "hadamard": int, "average_bits": float}
 """Settings of every step that encodes, whatever its method."""
 _LOSSES = frozenset({"text"})
 
@@ -130,7 +120,7 @@ class Tuning:
     @property
     def whole(self) -> bool:
         """Whether the model is tuned as a whole, not block by block."""
-        return not isinstance(self.method, SignRound)
+        return isinstance(self.method, TuneModel)
 
 
 @dataclass(frozen=True)
@@ -178,8 +168,8 @@ class Recipe:
             {
                 "where": s.where,
                 "method": s.method.name,
-                **({k: v for k in _INPUTS if (v := getattr(s, k, None))}),
-                **dataclasses.asdict(s.method),  # type: ignore[call-overload]
+                **({k: v for k in INPUTS if (v := getattr(s, k, None))}),
+                **dataclasses.asdict(s.method),  # type: ignore[arg-type]
             }
             for s in self.steps
         ]
@@ -202,289 +192,6 @@ class Recipe:
     def hash(self) -> str:
         """Names the recipe: the first 16 hex digits of the SHA-256 of its plain values."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def recipe_from_toml(text: str, source: str = "recipe") -> Recipe:
-    """Read a recipe; UsageError names the key that is wrong and those that exist."""
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{source} is not TOML: {error}") from error
-    _known(raw, ("seed", "calibration", "cache", "steps"), source)
-    calibration = raw.get("calibration", {})
-    _typed({"calibration": calibration}, {"calibration": dict}, source)
-    hints = {"samples": int, "context": int}
-    _known(calibration, tuple(hints), f"{source}, [calibration]")
-    _typed(calibration, hints, f"{source}, [calibration]")
-    _typed(raw, {"seed": int}, source)
-    steps = raw.get("steps")
-    if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
-        raise UsageError(f"{source} has no [[steps]]: at least one, with `where` and `method`, is expected")
-    read = tuple(_step(s, f"{source}, step {i + 1}") for i, s in enumerate(steps))
-    if calibration and not any(step.needs for step in read):
-        raise UsageError(f"{source}: [calibration] has no effect: no step measures anything; remove it")
-    return Recipe(read, Calibration(**calibration), raw.get("seed", 0), _cache(raw, source))
-
-
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A preset by name or a TOML file by path, with `key=value` overrides.
-
-    `group=64` sets the field in every step that has it, `steps.1.bits=8` in the second one only,
-    `calibration.samples=64` and `seed=1` what their names say. UsageError for an override without effect.
-    """
-    recipe = _find(str(name))
-    raw = recipe.to_dict()
-    raw.setdefault("calibration", {})
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise UsageError(f"--set {override}: expected key=value, such as --set group=64")
-        value = _value(text.strip())
-        _override(raw, key, value, override)
-    if not raw["calibration"]:
-        del raw["calibration"]
-    return _from_plain(raw, str(name))
-
-
-def presets() -> Mapping[str, str]:
-    """Name -> TOML text of every preset in the package."""
-    folder = resources.files("tersely.plan") / "presets"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): f.read_text("utf-8") for f in files}
-
-
-def assign(recipe: Recipe, graph: Graph) -> dict[str, Step]:
-    """Stored name -> step, for every weight that one selects; checked against the weights' shapes.
-
-    UsageError for a pattern that selects nothing, a step of which nothing is left, and a width that a method
-    cannot take, with the weight named.
-    """
-    chosen: dict[str, Step] = {}
-    for step in recipe.encodes:
-        for weight in graph.select(step.where):
-            chosen[weight.name] = step
-    for number, each in enumerate(recipe.steps):
-        if isinstance(each, Step) and not any(each is step for step in chosen.values()):
-            raise UsageError(
-                f"step {number + 1} (where = {each.where!r}) has no effect: later steps select all of its "
-                "weights; remove it, or put it after them"
-            )
-    for name, step in chosen.items():
-        weight = graph.weight(name)
-        try:
-            step.method.check(weight.columns)
-            check_order(step.hadamard, weight.columns)
-            if step.activations and weight.columns % (group := ACTIVATIONS[step.activations].group):
-                name = step.activations
-                raise UsageError(f"activations={name!r}: {weight.columns} inputs are no multiple of {group}")
-        except UsageError as error:
-            place = f"{weight.path}, block {weight.block}" if weight.block is not None else weight.path
-            raise UsageError(f"{error} ({place})") from error
-    _check_inputs(graph, chosen)
-    for name, step in chosen.items():
-        if "fisher" in step.needs and (step.hadamard or any(change.needs for change in recipe.changes)):
-            raise UsageError(
-                f"{step.method.name} measures gradients in the basis of the source: leave out hadamard, smooth and awq "
-                f"({name}; rotate may stay)"
-            )
-    for tuning in recipe.tunings:
-        if missing := [w.name for w in graph.select(tuning.where) if w.name not in chosen]:
-            raise UsageError(
-                f"{tuning.method.name} (where = {tuning.where!r}) tunes what is encoded, and {missing[0]} is not; "
-                "select only weights that an earlier step encodes"
-            )
-        if any(step.hadamard for step in chosen.values()) or any(change.needs for change in recipe.changes):
-            raise UsageError(
-                f"{tuning.method.name} tunes weights in the basis of the source: leave out hadamard, smooth and awq "
-                "before it (rotate may stay)"
-            )
-    return chosen
-
-
-def _check_inputs(graph: Graph, chosen: Mapping[str, Step]) -> None:
-    """UsageError where weights that meet the same inputs ask for different things to happen to them."""
-    nothing = ("", 0)
-    for unit in graph.units:
-        asked = {
-            w.name: (step.activations, step.hadamard) if (step := chosen.get(w.name)) else nothing
-            for w in graph.unit(unit)
-            if w.kind == "linear"
-        }
-        shared: dict[str, list[str]] = {}
-        for weight in graph.unit(unit):
-            if weight.kind == "linear":
-                shared.setdefault(weight.statistics, []).append(weight.name)
-        fused: dict[tuple[str, int | None], list[str]] = {}
-        for parameter, pieces in graph.parameters(unit).items():
-            for piece in pieces:
-                if piece.weight.kind == "linear":
-                    fused.setdefault((parameter, piece.index), []).append(piece.weight.name)
-        for names in shared.values():
-            if len({asked[name][1] for name in names}) > 1:
-                raise UsageError(f"hadamard differs among {', '.join(names)}, which share their inputs; set it for all")
-        for names in fused.values():
-            if len({asked[name] for name in names}) > 1:
-                raise UsageError(
-                    f"activations or hadamard differ among {', '.join(names)}, which transformers holds as one; set "
-                    "them for all"
-                )
-
-
-def spaces(change: Change, graph: Graph) -> tuple[str, ...]:
-    """The spaces that a change of basis is applied to, in the order of the model.
-
-    `|` joins names and globs of spaces; `normed` is every space of a block that a norm writes. UsageError for a term
-    that matches none.
-    """
-    known = list(dict.fromkeys(s for w in graph.weights if w.kind == "linear" for s in w.reads.spaces))
-    normed = {w.writes.spaces[0] for w in graph.weights if w.kind == "norm" and w.block is not None} & set(known)
-    known += [s for s in graph.coordinates if s not in known]
-    chosen: set[str] = set()
-    for term in change.where.split("|"):
-        name = term.strip()
-        found = normed if name == "normed" else {s for s in known if fnmatch.fnmatchcase(s, name)}
-        if not found:
-            near = difflib.get_close_matches(name, known, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"its spaces are {', '.join(known)}, or `normed`"
-            raise UsageError(f"where = {change.where!r}: no space of this model is named {name!r}; {hint}")
-        chosen |= found
-    return tuple(s for s in known if s in chosen)
-
-
-def _find(name: str) -> Recipe:
-    known = presets()
-    if name in known:
-        return recipe_from_toml(known[name], name)
-    path = Path(name)
-    if path.suffix != ".toml":
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(
-            f"no recipe named {name!r}: {hint}presets are {', '.join(known)}; a recipe of your own is a file "
-            "that ends in .toml"
-        )
-    try:
-        return recipe_from_toml(path.read_text("utf-8"), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the recipe {name} cannot be read: {error}") from error
-
-
-def _from_plain(raw: Mapping[str, Any], source: str) -> Recipe:
-    steps = tuple(_step(s, f"{source}, step {i + 1}") for i, s in enumerate(raw["steps"]))
-    _typed(raw, {"seed": int}, source)
-    calibration = raw.get("calibration", {})
-    hints = {"samples": int, "context": int}
-    _typed(calibration, hints, f"{source}, [calibration]")
-    return Recipe(steps, Calibration(**calibration), raw["seed"], _cache(raw, source))
-
-
-def _cache(raw: Mapping[str, Any], source: str) -> CachePolicy | None:
-    plain = raw.get("cache")
-    _typed({"cache": plain or {}}, {"cache": dict}, source)
-    try:
-        return None if plain is None else policy_from_plain(plain)
-    except UsageError as error:
-        raise UsageError(f"{source}, [cache]: {error}") from error
-
-
-def _step(raw: Mapping[str, Any], source: str) -> Step | Change | Tuning:
-    for key in ("where", "method"):
-        if not isinstance(raw.get(key), str):
-            raise UsageError(f"{source} has no {key!r}: every step needs `where` and `method`")
-    encodes, rebases, tunes = {m.name: m for m in METHODS}, {m.name: m for m in REBASES}, {m.name: m for m in TUNES}
-    methods: dict[str, type[Method]] = {**encodes, **rebases, **tunes}
-    if raw["method"] not in methods:
-        near = difflib.get_close_matches(raw["method"], methods, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"{source}: no method named {raw['method']!r}; {hint}methods are {', '.join(methods)}")
-    method = methods[raw["method"]]
-    settings = {k: v for k, v in raw.items() if k not in ("where", "method")}
-    hints = {**method_fields(method), **(_INPUTS if raw["method"] in encodes else {})}
-    _known(settings, tuple(hints), f"{source} ({method.name})")
-    _typed(settings, hints, f"{source} ({method.name})")
-    # 1 and 1.0 are one value: the recipe's hash must not tell them apart.
-    values: dict[str, Any] = {k: float(v) if hints[k] is float else v for k, v in settings.items()}
-    if raw["method"] in rebases:
-        return Change(raw["where"], rebases[raw["method"]](**values))
-    if raw["method"] in tunes:
-        return Tuning(raw["where"], tunes[raw["method"]](**values))
-    quantizer, order = values.pop("activations", ""), values.pop("hadamard", 0)
-    average = values.pop("average_bits", 0.0)
-    if quantizer not in ("", *ACTIVATIONS):
-        near = difflib.get_close_matches(quantizer, ACTIVATIONS, n=2) or list(ACTIVATIONS)
-        raise UsageError(f"{source}: activations = {quantizer!r}; expected {' or '.join(near)}")
-    return Step(raw["where"], encodes[raw["method"]](**values), quantizer, order, float(average))
-
-
-def method_fields(method: type[Method]) -> dict[str, Any]:
-    """Name -> type of the hyper-parameters of a method."""
-    hints = get_type_hints(method)
-    return {f.name: hints[f.name] for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-
-
-def _override(raw: dict[str, Any], key: str, value: Any, text: str) -> None:
-    first, *rest = key.split(".")
-    if first == "seed" and not rest:
-        raw["seed"] = value
-    elif first == "calibration" and len(rest) == 1:
-        if not raw["calibration"]:
-            raise UsageError(f"--set {text} has no effect: no step of this recipe measures anything")
-        _known({rest[0]: value}, tuple(raw["calibration"]), f"--set {text}")
-        raw["calibration"][rest[0]] = value
-    elif first == "cache" and len(rest) == 1:
-        raw.setdefault("cache", {})[rest[0]] = value
-    elif first == "steps" and len(rest) == 2 and rest[0].isdigit():
-        number = int(rest[0])
-        if number >= len(raw["steps"]):
-            raise UsageError(f"--set {text}: the recipe has steps 0 to {len(raw['steps']) - 1}")
-        _known({rest[1]: value}, tuple(raw["steps"][number]), f"--set {text}")
-        raw["steps"][number][rest[1]] = value
-    elif rest:
-        raise UsageError(
-            f"--set {text}: expected a setting of the steps (group=64), steps.N.setting, calibration.setting, "
-            "cache.setting or seed"
-        )
-    else:
-        hit = [s for s in raw["steps"] if key in s and key != "method"]
-        if not hit:
-            known = sorted({k for s in raw["steps"] for k in s if k != "method"} | {"seed"})
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UsageError(
-                f"--set {text} has no effect: no step of this recipe has {key!r}; {hint}settings are {', '.join(known)}"
-            )
-        for step in hit:
-            step[key] = value
-
-
-def _known(given: Mapping[str, Any], known: Sequence[str], source: str) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UsageError(f"{source}: no setting named {key!r}; {hint}settings are {', '.join(known)}")
-
-
-def _typed(given: Mapping[str, Any], hints: Mapping[str, Any], source: str) -> None:
-    for key, value in given.items():
-        hint = hints.get(key)
-        if hint is None:
-            continue
-        if get_origin(hint) is Literal:
-            if value not in get_args(hint):
-                raise UsageError(f"{source}: {key} = {value!r}; expected {' or '.join(map(repr, get_args(hint)))}")
-            continue
-        fits = isinstance(value, hint) or (hint is float and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and hint is not bool):
-            raise UsageError(f"{source}: {key} = {value!r}; expected {'a table' if hint is dict else hint.__name__}")
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _toml(value: Any) -> str:

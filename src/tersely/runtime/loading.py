@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tersely.errors import CheckpointError, UsageError
+from tersely.errors import CheckpointError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         with quiet():
             return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: the tokenizer cannot be read: {first_line(error)}") from error
 
 
 def load_model(
@@ -87,7 +87,7 @@ def load_model(
         except (CheckpointError, UsageError):
             raise
         except Exception as error:
-            raise CheckpointError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
+            raise CheckpointError(f"{path}: transformers cannot load it: {first_line(error)}") from error
         _require_complete(path, info)
         model.eval()
         if hasattr(model, "ct_decompress_hook"):
@@ -232,7 +232,7 @@ def _adapt(model: Any, adapter: Path) -> None:
     try:
         model.load_adapter(str(adapter))
     except Exception as error:
-        raise CheckpointError(f"{adapter}: PEFT cannot add it: {_first_line(error)}") from error
+        raise CheckpointError(f"{adapter}: PEFT cannot add it: {first_line(error)}") from error
     model.eval()
 
 
@@ -248,7 +248,3 @@ def _require_complete(path: str | Path, info: dict[str, Any]) -> None:
             raise CheckpointError(f"{path}: weights {what}: {names}; fetch or write the checkpoint again")
     if info.get("error_msgs"):
         raise CheckpointError(f"{path}: {info['error_msgs'][0]}; fetch or write the checkpoint again")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -28,6 +28,7 @@ class KIVI:
     """
 
     method: ClassVar[str] = "kivi"
+    standard: ClassVar[bool] = False
 
     bits: int = 4
     group: int = 32
@@ -73,14 +74,19 @@ class FP8:
     """E4M3 for every token: x clipped to -448 .. 448 and cast, with no scale. Attention sees nothing else."""
 
     method: ClassVar[str] = "fp8"
+    standard: ClassVar[bool] = True
     piece: ClassVar[int] = 4096
 
     def nbytes(self, heads: int, keys: int, values: int, tokens: int, itemsize: int) -> int:  # noqa: ARG002 (as KIVI's)
         """Of one layer and sequence, with `keys` and `values` channels of a head."""
         return heads * tokens * (keys + values)
 
+    def check(self, channels: int) -> None:
+        """Any number of channels fits."""
+
 
 CachePolicy = KIVI | FP8
+"""`standard`: compressed-tensors has words for it (`kv_cache_scheme`)."""
 POLICIES: tuple[type[KIVI] | type[FP8], ...] = (KIVI, FP8)
 
 

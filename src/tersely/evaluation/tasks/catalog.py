@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tersely.errors import DataError
-from tersely.evaluation.tasks import sources
+from tersely.evaluation.tasks import sources, stretches
+from tersely.evaluation.tasks.items import Items, Source, Tokens
 from tersely.evaluation.tasks.scores import Kind, TaskInfo
-from tersely.evaluation.tasks.sources import Items, Source, Tokens
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ OWN = (
         "long context",
         "acc",
         "right",
-        sources.needle,
+        stretches.needle,
         (("needle/haystack.txt", "books/valid.txt"),),
     ),
     Own(
@@ -187,7 +187,7 @@ OWN = (
         "memorization",
         "auc",
         "auc",
-        sources.windows,
+        stretches.windows,
         (("memorization/members.txt", "books/train.txt"), ("memorization/others.txt", "books/valid.txt")),
         chance=0.5,
     ),

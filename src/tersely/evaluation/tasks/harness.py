@@ -6,30 +6,28 @@ data of the harness's own tasks are taken from the data folder, or from what the
 
 from __future__ import annotations
 
-import copy
 import difflib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from tersely.errors import DataError, UsageError
+from tersely.errors import DataError, UsageError, first_line
 from tersely.evaluation.tasks.catalog import OWN, Own
+from tersely.evaluation.tasks.items import Tokens
+from tersely.evaluation.tasks.local_data import loader
 from tersely.evaluation.tasks.scores import Kind
-from tersely.evaluation.tasks.sources import Splits, Tokens
+from tersely.evaluation.tasks.task_objects import make_task_objects
 
 PREFIX = "harness:"
 """Before a name: the harness's own task, where tersely has one of the same name."""
 _MOST_NAMES = 5
-_READERS = {"json": "from_json", "csv": "from_csv", "parquet": "from_parquet", "text": "from_text"}
-"""Forms of files that a task file may name as its data, and what of the datasets library reads them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,19 +138,8 @@ def _folder(own: Own, data: Path | None) -> Path:
 def _own(own: Own, data: Path, tokens: Tokens) -> Prepared:
     items = own.items(data, tokens)
     parts = {part: splits for part, splits in items.parts.items() if splits["test"]}
-    tasks, names = {}, {}
     with silence():
-        config = _task_file(own.name)
-        if own.kind == "auc":  # members and others together
-            whole = [item for splits in parts.values() for item in splits["test"]]
-            tasks[own.name] = _token_task()(config=_configured(config, own.name, {"test": whole}))
-            names[own.name] = ""
-        else:
-            for part, splits in parts.items():
-                name = f"{own.name}_{part.replace(' ', '_')}" if part else own.name
-                tasks[name] = _configurable()(config=_configured(config, name, splits))
-                names[name] = part
-        groups = _grouped(own.name, tasks, config) if len(tasks) > 1 else {}
+        tasks, names, groups = make_task_objects(own, parts)
     return Prepared(
         name=own.name,
         title=own.title,
@@ -166,74 +153,6 @@ def _own(own: Own, data: Path, tokens: Tokens) -> Prepared:
         sizes={name: len(task.eval_docs) for name, task in tasks.items()},
         notes=tuple(f"{own.name}: {note}" for note in items.notes),
     )
-
-
-def _task_file(name: str) -> dict[str, Any]:
-    from lm_eval.tasks.manager import load_yaml
-
-    config: dict[str, Any] = load_yaml(Path(__file__).with_name(f"{name}.yaml"))
-    return config
-
-
-def _configured(config: Mapping[str, Any], name: str, splits: Splits) -> dict[str, Any]:
-    from datasets import Dataset
-
-    made = {split: Dataset.from_list(list(items)) for split, items in splits.items()}
-
-    def data(**_metadata: Any) -> dict[str, Any]:
-        return made
-
-    fields = made["test"].features
-    templates = {key: config[key] for key in ("doc_to_text", "doc_to_target") if config[key] not in fields}
-    rendered = {key: _renderer(template) for key, template in templates.items()}
-    return {**copy.deepcopy(dict(config)), **rendered, "task": name, "custom_dataset": data}
-
-
-def _renderer(template: str) -> Callable[[Mapping[str, Any]], str]:
-    """What the harness does with a template, which it would compile anew for every item."""
-    from lm_eval.utils import env
-
-    compiled = env.from_string(template)
-
-    def render(item: Mapping[str, Any]) -> str:
-        return str(compiled.render(**item))
-
-    return render
-
-
-def _grouped(name: str, tasks: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    from lm_eval.api.group import Group
-    from lm_eval.config.group import AggMetricConfig
-
-    metrics = [AggMetricConfig(metric=metric["metric"]) for metric in config["metric_list"]]
-    group = Group(name, aggregate_metric_list=metrics)
-    for task in tasks.values():
-        group.add(task)
-    return {name: group}
-
-
-def _configurable() -> Any:
-    from lm_eval.api.task import ConfigurableTask
-
-    return ConfigurableTask
-
-
-@lru_cache
-def _token_task() -> Any:
-    """A task of the harness that asks for the log-probability of every token of a text."""
-    from lm_eval.api.instance import Instance
-
-    class TokenTask(_configurable()):  # type: ignore[misc]
-        def construct_requests(self, doc: Mapping[str, Any], **given: Any) -> Any:
-            return Instance(
-                request_type="token_logprobs",
-                doc=doc,
-                arguments=(doc["text"], doc["tokens"]),
-                idx=0,
-                metadata=given["metadata"],
-            )
-
-    return TokenTask
 
 
 # The harness's, and the user's.
@@ -269,7 +188,7 @@ def _foreign(found: Path | str, data: Path | None) -> Prepared:
         raise
     except Exception as error:
         kind = DataError if isinstance(error, OSError) else UsageError
-        raise kind(f"{label}: the harness cannot make this task: {_line(error)}") from error
+        raise kind(f"{label}: the harness cannot make this task: {first_line(error)}") from error
     tasks, groups = _flat(made)
     for name, task in tasks.items():
         _require_plain(name, task)
@@ -339,71 +258,7 @@ def _factory(data: Path | None, file: Path | None) -> Any:
             path, part = config.get("dataset_path"), config.get("dataset_name")
             if path is None:
                 raise UsageError(f"{entry.name} names no data (dataset_path); see docs/tasks.md for the form")
-            config["custom_dataset"] = _loader(entry.name, str(path), part, given, data, file)
+            config["custom_dataset"] = loader(entry.name, str(path), part, given, data, file)
             return config
 
     return Factory()
-
-
-def _loader(
-    task: str, path: str, part: str | None, given: Mapping[str, Any], data: Path | None, file: Path | None
-) -> Callable[..., Any]:
-    """Loads a dataset that the harness knows by a path: from files, a folder, or what was loaded once."""
-
-    def load(**_metadata: Any) -> Any:
-        from datasets import Dataset, DatasetDict, load_dataset
-        from datasets.packaged_modules.cache.cache import Cache
-
-        near = [place for place in (None if file is None else file.parent, data) if place is not None]
-        settings = {key: value for key, value in given.items() if key not in ("trust_remote_code", "data_files")}
-        if path in _READERS:
-            files = _files(task, given.get("data_files"), near)
-            read = getattr(Dataset, _READERS[path])
-            with TemporaryDirectory() as cache:
-                return DatasetDict(
-                    {
-                        split: read(names, cache_dir=cache, keep_in_memory=True, **settings)
-                        for split, names in files.items()
-                    }
-                )
-        folder = next((place / path for place in near if (place / path).is_dir()), None)
-        try:
-            if folder is not None:
-                alone = part is not None and not (folder / "README.md").is_file() and (folder / part).is_dir()
-                chosen: dict[str, Any] = {"data_dir": part} if alone else {"name": part}
-                with TemporaryDirectory() as cache:
-                    return load_dataset(str(folder), cache_dir=cache, keep_in_memory=True, **chosen, **given)
-            kept = Cache(
-                repo_id=path, dataset_name=path.rpartition("/")[2], config_name=part, version="auto", hash="auto"
-            )
-            return kept.as_dataset()
-        except Exception as error:
-            where = path if data is None else data / path
-            raise DataError(
-                f"{task}: its data, the dataset {path}{f' ({part})' if part else ''}, are not at hand: put a copy of "
-                f"its files into {where}{' in your data folder (--data DIR)' if data is None else ''}, or load it once "
-                f"with the datasets library where there is a network ({_line(error)})"
-            ) from error
-
-    return load
-
-
-def _files(task: str, named: Any, near: list[Path]) -> dict[str, list[str]]:
-    """Split -> paths of the data files that a task names, which may be given from the task file or the data folder."""
-    splits = named if isinstance(named, Mapping) else {"train": named}
-    files: dict[str, list[str]] = {}
-    for split, names in splits.items():
-        for name in names if isinstance(names, list) else [names]:
-            places = [place / str(name) for place in (*near, Path())]
-            found = next((place for place in places if place.is_file()), None)
-            if name is None or found is None:
-                raise DataError(
-                    f"{task}: its data file {name!r} is not there; it is looked for beside the task file, in the data "
-                    "folder (--data DIR) and in the current folder"
-                )
-            files.setdefault(str(split), []).append(str(found))
-    return files
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

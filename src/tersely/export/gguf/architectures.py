@@ -114,11 +114,11 @@ def turn(heads: int, rows: int) -> Tensor:
 
 
 def _architecture_of(graph: Graph) -> Architecture:
-    for found in _architectures():
-        if graph.model_type in found.model_types:
-            return found
-    known = ", ".join(sorted(name for each in _architectures() for name in each.model_types))
-    raise UsageError(f"tersely writes no GGUF for models of type {graph.model_type}; it does for {known}")
+    known = {name: each for each in _architectures() for name in each.model_types}
+    if (found := known.get(graph.model_type)) is None:
+        names = ", ".join(sorted(known))
+        raise UsageError(f"tersely writes no GGUF for models of type {graph.model_type}; it does for {names}")
+    return found
 
 
 def _require(found: Architecture, graph: Graph, full: Mapping[str, Any]) -> None:

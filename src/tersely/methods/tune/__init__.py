@@ -1,6 +1,6 @@
 """Tuning: encoded weights that learn, by gradients, what their parent does."""
 
-from tersely.methods.tune.block import tune_block
+from tersely.methods.tune.block import rounding_work, tune_block
 from tersely.methods.tune.descent import Descent
 from tersely.methods.tune.distill import Distill
 from tersely.methods.tune.model import Tuned, tune_model, tuning_work
@@ -19,6 +19,7 @@ __all__ = [
     "TuneBlock",
     "TuneModel",
     "Tuned",
+    "rounding_work",
     "tune_block",
     "tune_model",
     "tuning_work",

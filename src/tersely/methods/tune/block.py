@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from tersely.codecs import Encoded
+from tersely.graph import Weight
+from tersely.methods.protocol import Work
 from tersely.methods.tune.descent import Descent, descend
 from tersely.methods.tune.protocol import Progress, TuneBlock
 from tersely.methods.tune.trainable import encoded as stored
 from tersely.methods.tune.trainable import trainable, weight
 
 T = TypeVar("T")
+
+
+def rounding_work(tuned: Sequence[Weight], settings: TuneBlock, *, context: int) -> Work:
+    """What `tune_block` costs in all blocks together: sequences of `context` tokens, forward, recomputed and back."""
+    parameters = sum(w.rows * w.columns for w in tuned)
+    return Work(flops=4.0 * parameters * context * settings.steps * settings.batch)
 
 
 def tune_block(

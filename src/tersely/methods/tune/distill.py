@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
-from tersely.methods.tune.protocol import Motion, check_counts, check_rates
+from tersely.methods.tune.protocol import Motion, TuneModel, check_rates
 
 
+@final
 @dataclass(frozen=True)
-class Distill:
+class Distill(TuneModel):
     """Tunes codes and scales of all weights at once, so that the model predicts what its parent does.
 
         loss = mean over tokens of KL(parent || model)
@@ -24,29 +25,14 @@ class Distill:
 
     name: ClassVar[str] = "distill"
 
-    tokens: int = 1_000_000
-    """That pass through the model, over all steps."""
-    batch: int = 2048
-    """Tokens of a step."""
-    own_texts: int = 1024
-    """Sequences that the parent writes, at temperature 1."""
     rate: float = 0.002
-    """Of latents, in steps of their grids; fewer bits bear more: 0.003 for 3 of them, 0.008 for 2."""
+    """Of latents, in steps of their grids."""
     value_rate: float = 0.002
     """Of scales and codebooks, relative to their sizes."""
-    norm_rate: float = 0.0
-    """Of the norms' weights and biases; 0: they stay as they are."""
-    held_out: int = 16
-    """Calibration sequences that only choose the best."""
-    checks: int = 8
-    """Times that the best is looked for."""
-    autocast: bool = False
-    """Products in bfloat16: faster on GPUs, and on CPUs that multiply it; what moves stays in float32."""
 
     def __post_init__(self) -> None:
-        check_counts(0, own_texts=self.own_texts)
-        check_counts(1, tokens=self.tokens, batch=self.batch, held_out=self.held_out, checks=self.checks)
-        check_rates(rate=self.rate, value_rate=self.value_rate, norm_rate=self.norm_rate)
+        super().__post_init__()
+        check_rates(rate=self.rate, value_rate=self.value_rate)
 
     @property
     def motion(self) -> Motion:

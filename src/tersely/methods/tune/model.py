@@ -16,7 +16,7 @@ from torch.func import functional_call
 from tersely.calibrate import MicroBatch
 from tersely.codecs import Encoded
 from tersely.errors import DataError, UsageError
-from tersely.graph import Graph, Piece, Weight
+from tersely.graph import Graph, Piece, Weight, filled, slot
 from tersely.methods.protocol import Work
 from tersely.methods.tune.descent import Descent, descend
 from tersely.methods.tune.divergence import divergence
@@ -188,7 +188,7 @@ class _Student:
         for full, pieces in self._places.items():
             for piece in pieces:
                 if piece.weight.name in encoded:
-                    own = _oriented(piece.weight, _slot(self._shared[full], piece))
+                    own = _oriented(piece.weight, slot(self._shared[full], piece))
                     self.views[piece.weight.name] = trainable(encoded[piece.weight.name], own, settings.motion.reach)
 
     def keep(self) -> Tuned:
@@ -214,7 +214,7 @@ class _Student:
 
     def _own(self) -> dict[str, Tensor]:
         values = {name: weight(views) for name, views in self.views.items()}
-        whole = {full: self._filled(full, pieces, values) for full, pieces in self._places.items()}
+        whole = {full: filled(self._shared[full], pieces, values) for full, pieces in self._places.items()}
         for full, moved in self.moved.items():
             value = self._shared[full] + moved
             whole[full] = value + (self._norm(full).float() - value).detach()
@@ -224,28 +224,6 @@ class _Student:
     def _norm(self, full: str) -> Tensor:
         """As it would be stored."""
         return (self._shared[full] + self.moved[full]).to(self._norms[full][1])
-
-    def _filled(self, full: str, pieces: Sequence[Piece], values: Mapping[str, Tensor]) -> Tensor:
-        """A parameter as transformers holds it, out of the weights that fill it."""
-        filled = [
-            _oriented(piece.weight, values[piece.weight.name])
-            if piece.weight.name in values
-            else _slot(self._shared[full], piece)
-            for piece in pieces
-        ]
-        if len(filled) == 1 and pieces[0].index is None:
-            return filled[0]
-        slots: dict[int | None, list[Tensor]] = {}
-        for piece, value in sorted(zip(pieces, filled, strict=True), key=lambda p: (p[0].index or 0, p[0].start)):
-            slots.setdefault(piece.index, []).append(value)
-        rows = [torch.cat(own) for own in slots.values()]
-        return rows[0] if None in slots else torch.stack(rows)
-
-
-def _slot(parameter: Tensor, piece: Piece) -> Tensor:
-    """What a stored weight fills of a parameter."""
-    slot = parameter if piece.index is None else parameter[piece.index]
-    return slot[piece.start : piece.start + piece.rows]
 
 
 def _oriented(weight: Weight, value: Tensor) -> Tensor:

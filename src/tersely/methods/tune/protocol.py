@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from tersely.errors import UsageError
 
@@ -31,44 +32,60 @@ class Motion:
     """How far latents may go from where they began, in steps of their grids."""
 
 
-class TuneModel(Protocol):
-    """Tunes all parts at once towards the full-precision parent. A frozen dataclass of settings."""
+@dataclass(frozen=True)
+class TuneModel(ABC):
+    """Tunes all parts at once towards the full-precision parent. Frozen dataclasses of settings, which share these."""
 
     name: ClassVar[str]
 
+    tokens: int = 1_000_000
+    """That pass through the model, over all steps."""
+    batch: int = 2048
+    """Tokens of a step."""
+    own_texts: int = 1024
+    """Sequences that the parent writes, at temperature 1."""
+    norm_rate: float = 0.0
+    """Of the norms' weights and biases; 0: they stay as they are."""
+    held_out: int = 16
+    """Calibration sequences that only choose the best."""
+    checks: int = 8
+    """Times that the best is looked for."""
+    autocast: bool = False
+    """Products in bfloat16: faster on GPUs, and on CPUs that multiply it; what moves stays in float32."""
+
+    def __post_init__(self) -> None:
+        check_counts(0, own_texts=self.own_texts)
+        check_counts(1, tokens=self.tokens, batch=self.batch, held_out=self.held_out, checks=self.checks)
+        check_rates(norm_rate=self.norm_rate)
+
     @property
-    def motion(self) -> Motion: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def own_texts(self) -> int: ...
-    @property
-    def held_out(self) -> int: ...
-    @property
-    def checks(self) -> int: ...
-    @property
-    def norm_rate(self) -> float: ...
-    @property
-    def autocast(self) -> bool: ...
+    @abstractmethod
+    def motion(self) -> Motion:
+        """How parts move."""
 
 
-class TuneBlock(Protocol):
-    """Tunes the parts of one block towards its outputs. A frozen dataclass of settings."""
+@dataclass(frozen=True)
+class TuneBlock(ABC):
+    """Tunes the parts of one block towards its outputs. Frozen dataclasses of settings, which share these."""
 
     name: ClassVar[str]
 
+    steps: int = 200
+    batch: int = 8
+    """Sequences of a step."""
+    held_out: int = 16
+    """Sequences that only choose the best; 0: it is chosen on those that it is tuned on."""
+    checks: int = 10
+    """Times that the best is looked for."""
+
+    def __post_init__(self) -> None:
+        check_counts(0, held_out=self.held_out)
+        check_counts(1, steps=self.steps, batch=self.batch, checks=self.checks)
+
     @property
-    def motion(self) -> Motion: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def held_out(self) -> int: ...
-    @property
-    def checks(self) -> int: ...
+    @abstractmethod
+    def motion(self) -> Motion:
+        """How parts move."""
 
 
 def check_share(name: str, value: float) -> None:

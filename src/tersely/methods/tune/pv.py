@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
-from tersely.methods.tune.protocol import Motion, check_counts, check_rates, check_share
+from tersely.methods.tune.protocol import Motion, TuneModel, check_rates, check_share
 
 
+@final
 @dataclass(frozen=True)
-class PV:
+class PV(TuneModel):
     """Tunes values (scales, codebooks) and codes in turns: values as usual, codes only a few at a time.
 
     P: Adam on the values, codes fixed. V: Adam on a copy of the weights gives where each code (each vector of codes)
@@ -21,12 +22,6 @@ class PV:
 
     name: ClassVar[str] = "pv"
 
-    tokens: int = 1_000_000
-    """That pass through the model, over all steps."""
-    batch: int = 2048
-    """Tokens of a step."""
-    own_texts: int = 1024
-    """Sequences that the parent writes, at temperature 1."""
     rate: float = 0.003
     """Of the copies, in steps of their grids."""
     value_rate: float = 0.002
@@ -35,19 +30,10 @@ class PV:
     """Share of the codes of a weight that may change in one step."""
     forget: float = 0.0
     """Share of its distance from its code that a copy forgets in each step."""
-    norm_rate: float = 0.0
-    """Of the norms' weights and biases; 0: they stay as they are."""
-    held_out: int = 16
-    """Calibration sequences that only choose the best."""
-    checks: int = 8
-    """Times that the best is looked for."""
-    autocast: bool = False
-    """Products in bfloat16: faster on GPUs, and on CPUs that multiply it; what moves stays in float32."""
 
     def __post_init__(self) -> None:
-        check_counts(0, own_texts=self.own_texts)
-        check_counts(1, tokens=self.tokens, batch=self.batch, held_out=self.held_out, checks=self.checks)
-        check_rates(rate=self.rate, value_rate=self.value_rate, norm_rate=self.norm_rate)
+        super().__post_init__()
+        check_rates(rate=self.rate, value_rate=self.value_rate)
         check_share("change", self.change)
         check_share("forget", self.forget)
 

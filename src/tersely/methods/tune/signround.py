@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
-from tersely.methods.tune.protocol import Motion, check_counts, check_rates
+from tersely.methods.tune.protocol import Motion, TuneBlock, check_rates
 
 
+@final
 @dataclass(frozen=True)
-class SignRound:
+class SignRound(TuneBlock):
     """Learns for every weight whether it is rounded up or down, so that a block gives its outputs.
 
         code = clip(round(w / scale + v))        |v| <= 1/2        scale = scale_0 (1 + value)
@@ -22,19 +23,11 @@ class SignRound:
 
     name: ClassVar[str] = "signround"
 
-    steps: int = 200
-    batch: int = 8
-    """Sequences of a step."""
     rate: float = 0.0
     """Of v and of the scales; 0: one over the steps."""
-    held_out: int = 16
-    """Sequences that only choose the best; 0: it is chosen on those that it is tuned on."""
-    checks: int = 10
-    """Times that the best is looked for."""
 
     def __post_init__(self) -> None:
-        check_counts(0, held_out=self.held_out)
-        check_counts(1, steps=self.steps, batch=self.batch, checks=self.checks)
+        super().__post_init__()
         check_rates(rate=self.rate)
 
     @property
