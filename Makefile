@@ -43,8 +43,9 @@ $(LLAMA): $(TOOLS)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[llama-cpp]' \
 	&& touch $@ || echo "llama.cpp cannot be built here: the tests that run it will be skipped"
 
+# A process for each core, up to four, of one thread each: tests are small.
 test: setup $(LLAMA)
-	$(BIN)/python -m pytest --assets="$(ASSETS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --assets="$(ASSETS)" --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 check: setup
 	$(BIN)/ruff check
