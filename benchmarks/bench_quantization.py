@@ -31,11 +31,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from tersely.evaluation.subject import setting
 
 HERE = Path(__file__).parent
 TERSELY = [sys.executable, "-m", "tersely"]
 CALIBRATION = {"stories-3m": (256, 512), "house-llama": (256, 256), "house-mixtral": (256, 256)}
+
+
+HALF = ", float16 source"
+"""What ends the name of a row whose source is rounded to 16 bits first."""
 
 
 def step(method: str, where: str = "linear", **settings: Any) -> dict[str, Any]:
@@ -61,9 +67,11 @@ def recipes() -> dict[str, list[dict[str, Any]]]:
         }
     for bits, rate in ((4, 1.5e-3), (3, 3e-3), (2, 8e-3)):
         # The presets for the best quality, with more text of the parent, and bfloat16 products.
-        text = {"tokens": 1_200_000, "own_texts": 3000, "checks": 6, "autocast": True}
+        text: dict[str, Any] = {"tokens": 1_200_000, "own_texts": 3000, "checks": 6, "autocast": True}
         distill = step("distill", rate=rate, value_rate=2e-3, norm_rate=1e-3, **text)
         rows[f"w{bits} gptq, distill"] = [step("gptq", bits=bits, group=64), distill]
+        # Scales have the dtype of the source: with 16 bits they take as much as AutoRound's.
+        rows[f"w{bits} gptq, distill{HALF}"] = [step("gptq", bits=bits, group=64, symmetric=bits > 2), distill]
     for bits in (4, 3):
         rows |= {
             f"w{bits} squeezellm": [step("squeezellm", bits=bits)],
@@ -151,8 +159,21 @@ def data_of(model: str, assets: Path, work: Path) -> tuple[str, list[str]]:
     return str(part), ["--text", str(books / "valid.txt"), "--context", "257", "--samples", "200"]
 
 
+def halved(source: Path, out: Path) -> Path:
+    """The same checkpoint in float16."""
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    for path in (out, *out.iterdir()):
+        path.chmod(path.stat().st_mode | 0o200)
+    for file in source.glob("*.safetensors"):
+        save_file({name: tensor.half() for name, tensor in load_file(file).items()}, out / file.name)
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    (out / "config.json").write_text(json.dumps(config | {"dtype": "float16"}), "utf-8")
+    return out
+
+
 def measured(model: str, name: str, steps: list[dict[str, Any]], assets: Path, work: Path) -> dict[str, Any]:
-    source, out = assets / "models" / model, work / "out"
+    parent, out = assets / "models" / model, work / "out"
+    source = halved(parent, work / "half") if name.endswith(HALF) else parent
     text, evaluate = data_of(model, assets, work)
     shutil.rmtree(out, ignore_errors=True)
     recipe = work / "recipe.toml"
@@ -166,7 +187,7 @@ def measured(model: str, name: str, steps: list[dict[str, Any]], assets: Path, w
         except RuntimeError as error:
             if calibration is None or "no effect" not in str(error):
                 raise
-    facts, _, _ = run([*TERSELY, "evaluate", str(out), "--against", str(source), *evaluate, "--no-store", "--json"])
+    facts, _, _ = run([*TERSELY, "evaluate", str(out), "--against", str(parent), *evaluate, "--no-store", "--json"])
     rows = report["rows"]
     found = facts["text"]
     apart = found["divergence"]

@@ -107,6 +107,25 @@ def test_c_no_correction_of_equal_rank_is_better_on_the_calibration(rank: int, s
         assert output_error(weight_OI, own, x_TI) < output_error(weight_OI, other, x_TI)
 
 
+@ROUNDINGS
+@SHAPES
+def test_integers_and_correction_found_in_turns_lose_less_in_as_many_bytes(rounding: str, rows: int) -> None:
+    weight_OI, x_TI = weights(rows), activations()
+    stats = measured(x_TI)
+    encoded = [aser(rounding=rounding, passes=passes)(weight_OI, stats) for passes in (1, 2, 4, 16)]
+    once, *more = [output_error(weight_OI, each, x_TI) for each in encoded]
+    assert all(later <= sooner * (1 + 1e-4) for sooner, later in pairwise([once, *more]))
+    assert more[-1] < 0.95 * once
+    assert all(each.forms == encoded[0].forms for each in encoded)
+
+
+def test_the_rank_by_energy_is_that_of_the_first_pass() -> None:
+    once, more = (
+        aser(rank=COLUMNS, energy=0.5, passes=passes)(weights(), measured(activations())) for passes in (1, 4)
+    )
+    assert once.forms == more.forms
+
+
 def test_d_any_square_root_of_the_gram_matrix_gives_the_same_correction() -> None:
     weight_OI, stats = weights(), measured(activations())
     codes, correction = parts(aser(rank=5)(weight_OI, stats))
@@ -261,6 +280,7 @@ def test_the_forms_are_those_that_it_leaves(rank: int) -> None:
         {"rank": 0},
         {"energy": 1.5},
         {"outliers": -1},
+        {"passes": 0},
         {"damping": 0.0},
         {"factors": "int8"},
         {"inputs": "both"},

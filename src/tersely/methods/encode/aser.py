@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tersely.codecs import Encoded, Form
 from tersely.codecs.integer import Clip
-from tersely.codecs.low_rank import Factors, Inputs, LowRankForm, check_low_rank, factorized
+from tersely.codecs.low_rank import Factors, Inputs, LowRank, LowRankForm, check_low_rank, factorized
 from tersely.errors import UsageError
 from tersely.measure import Statistics
 from tersely.methods.encode.gptq import GPTQ
@@ -59,6 +59,8 @@ class ASER:
     """Above 0: the smallest rank whose singular values sum to this share of all, at most `rank`."""
     outliers: int = 32
     """Columns that only the low-rank part holds."""
+    passes: int = 1
+    """How often the two are found in turns, each beside the other, while that helps (CALDERA, arXiv 2405.18886)."""
     damping: float = 0.001
     """Added to the diagonal of the low-rank part's Gram matrix, relative to its mean."""
     factors: Factors = "plain"
@@ -73,6 +75,8 @@ class ASER:
             raise UsageError(f"energy={self.energy}: expected 0 (a fixed rank) to 1")
         if self.outliers < 0:
             raise UsageError(f"outliers={self.outliers}: expected 0 or more columns")
+        if self.passes < 1:
+            raise UsageError(f"passes={self.passes}: expected 1 (as published) or more")
         if not 0 < self.damping <= 1:
             raise UsageError(f"damping={self.damping}: expected more than 0 and at most 1 (0.001 is usual)")
         self._rounder()
@@ -91,37 +95,53 @@ class ASER:
         # The root, the error times it, and what is made of that.
         flops = columns**3 / 3 + 2.0 * rows * columns**2 + singular_flops(rows, columns, self.rank, self.energy)
         memory = 8 * (2 * columns**2 + 4 * rows * columns)
-        return replace(work, flops=work.flops + flops, passes=work.passes + 4, memory=max(work.memory, memory))
+        flops, passes = self.passes * (work.flops + flops), self.passes * (work.passes + 4)
+        return replace(work, flops=flops, passes=passes, memory=max(work.memory, memory))
 
     def __call__(self, weight_OI: Tensor, stats: Statistics) -> Encoded:
-        rows, columns = weight_OI.shape
         outliers = _outliers(stats.absmean_I, weight_OI.float().abs().mean(0), self.outliers)
-        rest_OI = weight_OI.clone()
-        rest_OI[:, outliers] = 0
-        rounded = self._rounder()(rest_OI, _without(stats, outliers))
-        error_OI = weight_OI.double() - rounded.decode().double()
         root = None if stats.gram_II is None or not stats.tokens else square_root(stats.gram_II, self.damping)
-        if root is None:
-            whitened_OI, damping = error_OI, self.damping
-        else:
-            lower_II, damping = root
-            whitened_OI = error_OI @ lower_II
-        left_OR, sigma_R, right_RI = largest_singular(whitened_OI, self.rank, self.energy)
-        if root is not None:
-            right_RI = torch.linalg.solve_triangular(lower_II, right_RI, upper=False, left=False)
-        form = LowRankForm(len(sigma_R), self.factors, self.inputs)
-        correction = factorized(left_OR * sigma_R, right_RI, form, weight_OI.dtype)
+        lower_II, damping = root or (None, self.damping)
+        seen = _without(stats, outliers)
+
+        def rounded_beside(correction_OI: Tensor | float) -> Encoded:
+            rest_OI = (weight_OI - correction_OI).to(weight_OI.dtype)
+            rest_OI[:, outliers] = 0
+            return self._rounder()(rest_OI, seen)
+
+        rounded = rounded_beside(0.0)
+        correction, lost = self._correction(weight_OI, rounded, lower_II, self.rank, self.energy)
+        for _ in range(1, self.passes):
+            again = rounded_beside(correction.decode())
+            other, now = self._correction(weight_OI, again, lower_II, correction.form.rank, 0.0)
+            if now >= lost:
+                break
+            rounded, correction, lost = again, other, now
         notes = [rounded.note]
-        if root is None:
+        if lower_II is None:
             lacks = "the Gram matrix has no Cholesky factor with damping up to 1" if stats.tokens else "no tokens"
             notes.append(f"{lacks}: the low-rank part makes up for the error of the weight, not of its outputs")
-        elif stats.tokens < columns:
-            notes.append(f"{stats.tokens} tokens for {columns} inputs: directions without any count by damping alone")
+        elif stats.tokens < stats.columns:
+            few = f"{stats.tokens} tokens for {stats.columns} inputs"
+            notes.append(f"{few}: directions without any count by damping alone")
         if damping > self.damping:
             notes.append(f"damping of the low-rank part raised to {damping:g}")
-        if form.rank < min(self.outliers, rows):
-            notes.append(f"rank {form.rank} is too low for {self.outliers} outliers")
+        if correction.form.rank < min(self.outliers, len(weight_OI)):
+            notes.append(f"rank {correction.form.rank} is too low for {self.outliers} outliers")
         return Encoded((*rounded.parts, correction), "; ".join(filter(None, notes)))
+
+    def _correction(
+        self, weight_OI: Tensor, rounded: Encoded, lower_II: Tensor | None, rank: int, energy: float
+    ) -> tuple[LowRank, float]:
+        """The low-rank part beside these integers, and the squared error that the two leave."""
+        error_OI = weight_OI.double() - rounded.decode().double()
+        whitened_OI = error_OI if lower_II is None else error_OI @ lower_II
+        left_OR, sigma_R, right_RI = largest_singular(whitened_OI, rank, energy)
+        left = float(whitened_OI.square().sum() - sigma_R.square().sum())
+        if lower_II is not None:
+            right_RI = torch.linalg.solve_triangular(lower_II, right_RI, upper=False, left=False)
+        form = LowRankForm(len(sigma_R), self.factors, self.inputs)
+        return factorized(left_OR * sigma_R, right_RI, form, weight_OI.dtype), left
 
     def _rounder(self) -> RTN | GPTQ:
         method = GPTQ if self.rounding == "gptq" else RTN
