@@ -34,6 +34,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from tersely.evaluation.subject import setting
+from tersely.runtime.policy import policy_from_plain
 
 HERE = Path(__file__).parent
 TERSELY = [sys.executable, "-m", "tersely"]
@@ -48,9 +49,15 @@ def step(method: str, where: str = "linear", **settings: Any) -> dict[str, Any]:
     return {"where": where, "method": method, **settings}
 
 
+def cache(method: str, **settings: Any) -> dict[str, Any]:
+    """Not a step: how keys and values are kept."""
+    return {"cache": method, **settings}
+
+
 def recipes() -> dict[str, list[dict[str, Any]]]:
     """Name -> steps. Groups are of 64 inputs where the method has groups, as the peers' are."""
     smooth = step("smooth", "normed", alpha=0.5)
+    whole = step("rtn", bits=8, group=64)
     rows: dict[str, list[dict[str, Any]]] = {}
     for bits in (4, 3, 2):
         rows |= {
@@ -65,13 +72,18 @@ def recipes() -> dict[str, list[dict[str, Any]]]:
             f"w{bits} rotate, gptq": [step("rotate", "residual"), step("gptq", bits=bits, group=64)],
             f"w{bits} gptq, signround": [step("gptq", bits=bits, group=64), step("signround")],
         }
+    # Much text of the parent, and bfloat16 products.
+    text: dict[str, Any] = {"tokens": 1_200_000, "own_texts": 3000, "checks": 6, "autocast": True}
     for bits, rate in ((4, 1.5e-3), (3, 3e-3), (2, 8e-3)):
-        # The presets for the best quality, with more text of the parent, and bfloat16 products.
-        text: dict[str, Any] = {"tokens": 1_200_000, "own_texts": 3000, "checks": 6, "autocast": True}
         distill = step("distill", rate=rate, value_rate=2e-3, norm_rate=1e-3, **text)
         rows[f"w{bits} gptq, distill"] = [step("gptq", bits=bits, group=64), distill]
         # Scales have the dtype of the source: with 16 bits they take as much as AutoRound's.
         rows[f"w{bits} gptq, distill{HALF}"] = [step("gptq", bits=bits, group=64, symmetric=bits > 2), distill]
+    # Learned anew from where it ended, at half the rate.
+    again = step("distill", rate=4e-3, value_rate=2e-3, norm_rate=1e-3, **text)
+    rows[f"w2 gptq, distill twice{HALF}"] = [*rows[f"w2 gptq, distill{HALF}"], again]
+    pv = step("pv", **text)
+    aqlm = step("aqlm", codebooks=1, bits=8, group=4)
     for bits in (4, 3):
         rows |= {
             f"w{bits} squeezellm": [step("squeezellm", bits=bits)],
@@ -94,8 +106,11 @@ def recipes() -> dict[str, list[dict[str, Any]]]:
         "w8 llm_int8": [step("llm_int8", activations="int8-outliers")],
         "w2 bipolar": [step("bipolar", bits=2, group=64)],
         "w2.5 shiftaddllm, allocated": [step("shiftaddllm", bits=3, average_bits=2.5)],
-        "w2 aqlm 1x8 g4": [step("aqlm", codebooks=1, bits=8, group=4)],
+        "w2 aqlm 1x8 g4": [aqlm],
+        "w2 aqlm 1x8 g4, pv": [aqlm, pv],
+        "w2 gptq, asymmetric, pv": [step("gptq", bits=2, group=64, symmetric=False), pv],
         "ternary": [step("ternary")],
+        "ternary, distill": [step("ternary"), step("distill", rate=8e-3, value_rate=5e-3, norm_rate=1e-3, **text)],
         "w8a8 rtn": [step("rtn", bits=8, group=0, activations="int8")],
         "w8a8 smooth, gptq": [smooth, step("gptq", bits=8, group=0, activations="int8")],
         "w8a8 fp8": [step("fp8", activations="fp8")],
@@ -110,6 +125,14 @@ def recipes() -> dict[str, list[dict[str, Any]]]:
             step("aser_smooth", "normed | mlp | attn", outliers=2),
             step("aser", bits=4, rank=3, outliers=2, activations="int8"),
         ],
+        "w4a8 aser 64, in turns": [
+            step("aser_smooth", "normed | mlp | attn"),
+            step("aser", bits=4, passes=8, activations="int8"),
+        ],
+        "w4a8 aser 3, in turns": [
+            step("aser_smooth", "normed | mlp | attn", outliers=2),
+            step("aser", bits=4, rank=3, outliers=2, passes=8, activations="int8"),
+        ],
         "w4a8 aser 64, nearest": [
             step("aser_smooth", "normed | mlp | attn"),
             step("aser", bits=4, rounding="nearest", activations="int8"),
@@ -121,6 +144,10 @@ def recipes() -> dict[str, list[dict[str, Any]]]:
             step("gptq", bits=4, group=0, activations="int4"),
             step("gptq", "*.o_proj | *.down_proj", bits=4, group=0, activations="int4", hadamard=64),
         ],
+        "cache none": [whole],
+        "cache fp8": [whole, cache("fp8")],
+        **{f"cache kivi {bits}": [whole, cache("kivi", bits=bits, residual=32)] for bits in (4, 2)},
+        "cache kivi 2, rotated": [whole, cache("kivi", bits=2, residual=32, rotate=True)],
         "w4a4 nvfp4": [step("nvfp4", activations="nvfp4")],
     }
 
@@ -143,8 +170,8 @@ def toml(steps: list[dict[str, Any]], calibration: tuple[int, int] | None) -> st
     if calibration:
         lines += ["[calibration]", f"samples = {calibration[0]}", f"context = {calibration[1]}"]
     for each in steps:
-        lines.append("[[steps]]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in each.items()]
+        lines.append("[cache]" if "cache" in each else "[[steps]]")
+        lines += [f"{'method' if key == 'cache' else key} = {json.dumps(value)}" for key, value in each.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -199,6 +226,7 @@ def measured(model: str, name: str, steps: list[dict[str, Any]], assets: Path, w
         "format": report["format"],
         "bits_per_weight": 8 * sum(r["bytes_after"] for r in rows) / sum(r["parameters"] for r in rows),
         "bytes": sum(r["bytes_after"] for r in rows),
+        "cache_bits": cache_bits(parent, steps),
         "loss": found["loss"],
         "kl": apart["kl"],
         "top1": apart["top1_agreement"],
@@ -206,6 +234,17 @@ def measured(model: str, name: str, steps: list[dict[str, Any]], assets: Path, w
         "peak_memory": peak,
         "notes": report["notes"],
     }
+
+
+def cache_bits(model: Path, steps: list[dict[str, Any]], tokens: int = 512) -> float:
+    """Of a number among the keys and values of so many tokens; 16 where nothing is said."""
+    said = next((each for each in steps if "cache" in each), None)
+    if said is None:
+        return 16.0
+    policy = policy_from_plain({"method" if key == "cache" else key: value for key, value in said.items()})
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    channels: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return 8 * policy.nbytes(1, channels, channels, tokens, 2) / (2 * channels * tokens)
 
 
 def presets() -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -170,6 +170,17 @@ def test_norms_move_only_when_they_are_told_to(llama: Case, tmp_path: Path) -> N
     assert found.after == pytest.approx(measured(own.network, tmp_path, own, found.best), rel=1e-3)
 
 
+@pytest.mark.parametrize("norm_rate", [0.0, 0.02])
+def test_a_second_tuning_begins_where_the_first_ended(llama: Case, norm_rate: float) -> None:
+    first = llama.tune(Distill(rate=0.02, norm_rate=0.02, **FEW))
+    after = dataclasses.replace(llama, encoded=first.best.encoded)
+    second = after.tune(Distill(rate=0.02, norm_rate=norm_rate, **FEW), vectors=first.best.vectors, seed=1)
+    assert second.before == pytest.approx(first.after, rel=1e-5)
+    assert second.after <= second.before
+    assert second.best.vectors.keys() == first.best.vectors.keys()
+    assert norm_rate or all(torch.equal(v, first.best.vectors[n]) for n, v in second.best.vectors.items())
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "phi3", "mixtral", "gpt_neox"])
 def test_weights_are_found_wherever_transformers_holds_them(model_type: str, tmp_path: Path) -> None:
     """Transposed, fused, and stacked by expert: with nothing tuned, the score is that of the decoded checkpoint."""

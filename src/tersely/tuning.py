@@ -28,12 +28,14 @@ def tune_whole(
     vectors: dict[str, Tensor] = {}
     notes = []
     network = load_model(job.checkpoint.path, device=str(job.device), dtype=torch.float32)
-    for tuning in tunings:
+    for number, tuning in enumerate(tunings):
         method = tuning.method
         assert isinstance(method, TuneModel)
         chosen = {w.name for w in job.graph.select(tuning.where)}
         own: Mapping[str, Encoded] = {name: part for name, part in encoded.items() if name in chosen}
-        found = tune_model(network, job.graph, own, job.data.ids, method, seed=job.recipe.seed, progress=say)
+        # Another seed for each: the parent writes other texts.
+        seed = job.recipe.seed + number
+        found = tune_model(network, job.graph, own, job.data.ids, method, vectors=vectors, seed=seed, progress=say)
         encoded |= found.best.encoded
         vectors |= {name: value.cpu() for name, value in found.best.vectors.items()}
         notes.append(

@@ -50,6 +50,7 @@ def tune_model(
     sequences: Sequence[Tensor],
     settings: TuneModel,
     *,
+    vectors: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Descent[Tuned]:
@@ -57,8 +58,9 @@ def tune_model(
 
     network: the parent as transformers loads it, in float32, which stays as it is; graph: of its checkpoint.
     encoded: by stored name. sequences: token ids of the calibration text, 1-D each; the last `held_out` of them (at
-    most a quarter) only choose the best. The scores are nats a token of KL(parent || model) on these, of exactly what
-    is in the result. All else that the model has is shared with the parent.
+    most a quarter) only choose the best. vectors: norms that an earlier tuning left, by stored name. The scores are
+    nats a token of KL(parent || model) on the held-out text, of exactly what is in the result. All else that the model
+    has is shared with the parent.
 
     Raises UsageError: not a causal language model; DataError: fewer than 2 sequences.
     """
@@ -66,7 +68,7 @@ def tune_model(
         raise UsageError(f"{settings.name} tunes causal language models, this one is {graph.model_type}; use signround")
     if len(sequences) < 2:
         raise DataError(f"{settings.name} has {len(sequences)} calibration sequences; give 2 or more, better 128")
-    student = _Student(network, graph, encoded, settings)
+    student = _Student(network, graph, encoded, settings, vectors or {})
     held = min(settings.held_out, max(1, len(sequences) // 4))
     texts, last = list(sequences[:-held]), grouped(sequences[-held:], student.tokens)
     longest = max(len(ids_L) for ids_L in sequences)
@@ -100,7 +102,7 @@ def tune_model(
             backward=backward,
             score=score,
             keep=student.keep,
-            others=[(moved, settings.norm_rate) for moved in student.moved.values()],
+            others=[(moved, settings.norm_rate) for moved in student.moved.values() if settings.norm_rate],
             progress=progress,
         )
 
@@ -167,7 +169,14 @@ def _predicted(batch: MicroBatch) -> int:
 class _Student:
     """The parent's network with tuned weights in place of its own."""
 
-    def __init__(self, network: nn.Module, graph: Graph, encoded: Mapping[str, Encoded], settings: TuneModel) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: Graph,
+        encoded: Mapping[str, Encoded],
+        settings: TuneModel,
+        vectors: Mapping[str, Tensor],
+    ) -> None:
         self._network, self._autocast = network, settings.autocast
         self._shared = {name: p.detach() for name, p in network.named_parameters()}
         self._device = next(iter(self._shared.values())).device
@@ -181,9 +190,11 @@ class _Student:
                 full = f"{unit}.{name}" if unit else name
                 if any(piece.weight.name in encoded for piece in pieces):
                     self._places[full] = pieces
-                elif settings.norm_rate and pieces[0].weight.role == "norm":
-                    self._norms[full] = (pieces[0].weight.name, pieces[0].weight.spec.dtype)
-                    self.moved[full] = torch.zeros_like(self._shared[full], requires_grad=True)
+                elif (norm := pieces[0].weight).name in vectors or (settings.norm_rate and norm.role == "norm"):
+                    self._norms[full] = (norm.name, norm.spec.dtype)
+                    before = self._shared[full]
+                    now = vectors[norm.name].to(before) if norm.name in vectors else before
+                    self.moved[full] = (now - before).requires_grad_(settings.norm_rate > 0)
         self.views: dict[str, tuple[Trainable, ...]] = {}
         for full, pieces in self._places.items():
             for piece in pieces:
