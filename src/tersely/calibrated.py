@@ -57,8 +57,8 @@ def calibrated(
     measured = {unit: stages for unit in undone if (stages := _stages(job, unit))}
     tuned = {t: {w.name for w in graph.select(t.where)} for t in job.recipe.tunings if not t.whole}
     recorded = {w.unit for names in tuned.values() for w in map(graph.weight, names) if w.unit in undone}
-    surveyed = {unit: stages for unit in undone if (stages := _surveyed(graph, changes, unit)) or unit in recorded}
-    if not measured and not surveyed:
+    surveyed = {unit: stages for unit in undone if (stages := _surveyed(graph, changes, unit))}
+    if not measured and not surveyed and not recorded:
         return
     results: dict[str, Result] = {}
     parts: dict[str, Encoded] = {}
@@ -79,7 +79,7 @@ def calibrated(
             yield weight, running(part, result.entrance)
 
     def tune(block: Recorded) -> Iterator[tuple[Weight, Value]]:
-        """Tune what is encoded of a block towards what the block gave before."""
+        """Tune what is encoded of a block towards what the block gives in the source."""
         for tuning, names in tuned.items():
             method = tuning.method
             assert isinstance(method, TuneBlock)
@@ -149,7 +149,7 @@ def calibrated(
             else:
                 for weight, ran in encoded(stop.unit, stop.stage, stop.statistics):
                     stop.replace(weight, ran)
-        if (stop.stage is None or not stop.unit) and (stop.unit in measured or stop.unit in surveyed):
+        if (stop.stage is None or not stop.unit) and (stop.unit in {*measured, *surveyed, *recorded}):
             yield stop.unit, dict(results), source
 
 

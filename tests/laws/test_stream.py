@@ -248,6 +248,56 @@ def test_replaced_weights_are_what_the_rest_of_the_model_sees(
         assert not torch.equal(ours, source_logits)
 
 
+@torch.no_grad()
+def outputs(path: Path, graph: Graph, data: Sequence[MicroBatch]) -> dict[str, list[Tensor]]:
+    """Unit -> what the plain model's block gives, by micro-batch."""
+    model: Any = load(path)
+    seen: dict[str, list[Tensor]] = {unit: [] for unit in graph.units}
+    for unit in graph.units:
+
+        def keep(_: nn.Module, __: Any, output: Any, unit: str = unit) -> None:
+            seen[unit].append(output[0] if isinstance(output, tuple) else output)
+
+        model.get_submodule(unit).register_forward_hook(keep)
+    for batch in data:
+        model(**arguments(model, batch))
+    return seen
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_a_block_should_give_is_what_it_gives_in_the_source_whatever_was_replaced_before(
+    model_type: str, source: Callable[[str], Source]
+) -> None:
+    checkpoint, graph = source(model_type)
+    data = batches(graph)
+    expected = outputs(checkpoint.path, graph, data)
+    logits: list[Tensor] = []
+    tuned = 0
+    for stop in stream(
+        checkpoint,
+        graph,
+        data,
+        measured={unit: dict.fromkeys(graph.stages(unit), GRAM) for unit in graph.units},
+        recorded=graph.units,
+        replaced=lambda _: {},
+        dtype=torch.float32,
+        device=CPU,
+        suspend=not graph.has_experts,
+        logits=logits,
+    ):
+        if stop.recorded is not None:
+            tuned += 1
+            assert len(stop.recorded.inputs) == len(stop.recorded.targets) == len(data)
+            ran = [stop.recorded.forward({}, arguments) for arguments in stop.recorded.inputs]
+            for given, target, own in zip(ran, stop.recorded.targets, expected[stop.unit], strict=True):
+                assert not torch.equal(given, target)
+                if not stop.unit.startswith("decoder") or model_type != "t5":  # which reads the other's last block
+                    torch.testing.assert_close(target, own, rtol=0, atol=2e-6 if graph.has_experts else 0)
+        elif stop.stage is not None:
+            rounded(source(model_type), stop)
+    assert tuned == len(graph.units)
+
+
 # Memory
 
 

@@ -27,7 +27,7 @@ from tersely.checkpoint import Checkpoint
 from tersely.graph import Graph, Weight
 from tersely.stream.flow import Flow
 from tersely.stream.model import build
-from tersely.stream.paged import Paged
+from tersely.stream.paged import PARENT, Paged
 from tersely.stream.stops import SURVEY, TUNE, Measured, Recorded, Stop, Value
 
 __all__ = ["SURVEY", "TUNE", "Measured", "Recorded", "Stop", "Value", "build", "stream"]
@@ -52,12 +52,12 @@ def stream(
 
     `measured`: unit -> stages before which to stop with complete statistics, and what they are ("" -> "head_in" for
     the head). `surveyed`: the same of blocks that run once beforehand, with nothing in them changed; then there is one
-    stop at the stage SURVEY. `recorded`: of these, which may be tuned when all their weights are replaced: a stop at
-    the stage TUNE, with what went in and came out. `transformed`: what the inputs of a weight always go through;
-    statistics are of what has gone through it. `replaced`: called when a block is paged in: stored name -> what to use
-    instead of the stored tensor. `suspend`: wait inside the blocks (not with experts, whose statistics are complete
-    only at the end of a block), or repeat them. `logits`: a list that receives the logits of each micro-batch; without
-    it the run ends behind the last block (or the head's statistics).
+    stop at the stage SURVEY. `recorded`: blocks that may be tuned when all their weights are replaced: a stop at the
+    stage TUNE, with what comes in and what should come out. `transformed`: what the inputs of a weight always go
+    through; statistics are of what has gone through it. `replaced`: called when a block is paged in: stored name ->
+    what to use instead of the stored tensor. `suspend`: wait inside the blocks (not with experts, whose statistics are
+    complete only at the end of a block), or repeat them. `logits`: a list that receives the logits of each
+    micro-batch; without it the run ends behind the last block (or the head's statistics).
 
     Yields a Stop before each measured stage and behind each block. CheckpointError where the model has a
     parameter that the checkpoint does not give.
@@ -67,7 +67,14 @@ def stream(
     try:
         for unit in graph.units:
             paged.meet(flows, unit, "enter")
-            paged.page_in(unit, replaced(unit))
+            values = replaced(unit)
+            if unit in paged.followed:
+                paged.page_in(unit, {})
+                paged.meet(flows, unit, PARENT)
+                for name, value in values.items():
+                    paged.replace(graph.weight(name), value)
+            else:
+                paged.page_in(unit, values)
             if unit in paged.surveyed:
                 paged.meet(flows, unit, SURVEY)
                 yield Stop(unit, SURVEY, paged.take(), paged.replace)

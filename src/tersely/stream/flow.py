@@ -34,6 +34,10 @@ class Flow:
         self.watched: Watched | None = None
         self.arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
         self.target: Tensor | None = None
+        self.here: Tensor | None = None
+        """What the last block gave, as the model runs now."""
+        self.parent: Tensor | None = None
+        """What it gives in the model as it lies in the checkpoint."""
         self._run = run
         self._greenlet = greenlet(self._main)
 

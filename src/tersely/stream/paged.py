@@ -21,6 +21,8 @@ from tersely.stream.model import build, put
 from tersely.stream.stops import SURVEY, TUNE, Measured, Recorded, Value
 from tersely.stream.watch import Watch
 
+PARENT = "parent"
+"""The place in a block where it has run as it lies in the checkpoint."""
 _TRIM_BYTES = 32 << 20
 
 
@@ -41,6 +43,9 @@ class Paged:
     ) -> None:
         self.checkpoint, self.graph, self.measured, self.surveyed = checkpoint, graph, measured, surveyed
         self.recorded = recorded
+        last = max((graph.units.index(unit) for unit in recorded), default=-1)
+        self.followed = frozenset(graph.units[: last + 1])
+        """Blocks that also run as they lie in the checkpoint, for what the recorded ones should give."""
         self.dtype, self.device, self.suspend = dtype, device, suspend
         self.model = build(checkpoint, graph, dtype, device)
         self.watch = Watch(checkpoint, measured, surveyed, transformed, dtype, device)
@@ -212,12 +217,13 @@ class Paged:
             if flow is None:  # the block is asked, not the model
                 return own(*args, **kwargs)
             flow.pause(unit, "enter")
+            if unit in self.followed:
+                flow.target = self._of_parent(flow, own, args, kwargs)
+                flow.pause(unit, PARENT)
             if unit in self.surveyed:
                 flow.watched = Watched(unit, frozenset(self.surveyed[unit]), pauses=False)
-                before = own(*args, **kwargs)
+                own(*args, **kwargs)
                 flow.watched = None
-                if unit in self.recorded:
-                    flow.arguments, flow.target = (args, kwargs), _hidden(before)
                 flow.pause(unit, SURVEY)
             if self.suspend:
                 flow.watched = Watched(unit, frozenset(stages))
@@ -232,13 +238,28 @@ class Paged:
                     flow.pause(unit, stage)
                 output = own(*args, **kwargs)
             if unit in self.recorded:
+                flow.arguments = (args, kwargs)
                 flow.pause(unit, TUNE)
                 output = own(*args, **kwargs)
-                flow.arguments, flow.target = ((), {}), None
+                flow.arguments = ((), {})
+            if unit in self.followed:
+                flow.here, flow.parent, flow.target = _hidden(output), flow.target, None
             flow.pause(unit, "exit")
             return output
 
         return forward
+
+    def _of_parent(
+        self, flow: Flow, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """What the block gives in the model as it lies in the checkpoint. What comes to a stack's first is the same."""
+        known = {id(flow.here): flow.parent}
+        self.watch.plain = True
+        try:
+            output = own(*(known.get(id(a), a) for a in args), **{n: known.get(id(a), a) for n, a in kwargs.items()})
+        finally:
+            self.watch.plain = False
+        return _hidden(output)
 
     def _awaited(self, unit: str, stage: str) -> frozenset[str]:
         return frozenset(w.statistics for w in self.graph.unit(unit) if w.kind == "linear" and w.stage == stage)

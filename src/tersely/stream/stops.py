@@ -37,11 +37,13 @@ class Stop:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a block got, what it gave before anything in it was encoded, and how to ask what it would give."""
+    """What a block got, what it should give, and how to ask what it would give."""
 
     inputs: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
     """Positional and named arguments of its forward, one micro-batch each."""
     targets: Sequence[Tensor]
+    """What it gives in the model as it lies in the checkpoint, in which nothing before it is encoded either (but for
+    the encoder, where the block is a decoder's)."""
     forward: Callable[[Mapping[str, Tensor], tuple[tuple[Any, ...], Mapping[str, Any]]], Tensor]
     """Its output with other weights: by stored name, (outputs, inputs), of any float dtype; gradients flow to them."""
 

@@ -35,6 +35,8 @@ class Watch(TorchFunctionMode):
         self.flow: Flow | None = None
         """The one that runs."""
         self.with_head = False
+        self.plain = False
+        """Whether the block runs as it lies in the checkpoint: nothing is transformed, rounded or gathered."""
         self.lookups: dict[int, Weight] = {}
         """By the identity of the parameter in the model, which stays empty."""
         self.sites: dict[int, tuple[Weight, ...]] = {}
@@ -67,7 +69,7 @@ class Watch(TorchFunctionMode):
 
     def _met(self, parameter: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What a weight multiplies, given what comes to it, and what is then done with the product; seen on the way."""
-        weights = self.sites.get(parameter.data_ptr())
+        weights = None if self.plain else self.sites.get(parameter.data_ptr())
         if weights is None:
             return x, _as_it_is
         if self.transformed is not None:
