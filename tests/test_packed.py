@@ -42,7 +42,7 @@ from tersely.runtime.packed import Packed
 from tersely.stored import Entry, open_stored
 from tersely.stream import Stop, stream
 from tersely.verify import verify
-from tests.plain import logits_of, write_changed
+from tests.plain import arguments, logits_of, write_changed
 from tests.tiny import forward, inputs, load
 
 CALIBRATION = "[calibration]\nsamples = 12\ncontext = 24\n"
@@ -123,9 +123,13 @@ def test_a_folder_loads_as_the_model_that_compress_had_in_memory(
     found = logits_of(tmp_path / "out", data)
     assert logits
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, found, strict=True))
+    model: Any = load(tmp_path / "out")
+    with torch.inference_mode():
+        inferred = [model(**arguments(model, batch)).logits for batch in data]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, inferred, strict=True))
     before = logits_of(source(model_type), data)
     assert any((ours - theirs).abs().max() > 1e-3 for ours, theirs in zip(logits, before, strict=True))
-    names = {name for weight in packed_of(load(tmp_path / "out")).values() for name in names_of(weight)}
+    names = {name for weight in packed_of(model).values() for name in names_of(weight)}
     assert names == {row.name for row in report.rows}
     if model_type == "llama":
         assert verify(tmp_path / "out").ran

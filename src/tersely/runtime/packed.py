@@ -50,13 +50,15 @@ class Packed(Tensor):
         columns = slots[0][0].shape[1]
         rows = sum(cell.shape[0] for cell in slots[0])
         matrix, strides = ((columns, rows), (1, columns)) if turned else ((rows, columns), (columns, 1))
-        packed: Self = Tensor._make_wrapper_subclass(
-            cls,
-            (len(slots), *matrix) if stacked else matrix,
-            strides=(rows * columns, *strides) if stacked else strides,
-            dtype=dtype,
-            device=slots[0][0].leaves()[0].device,
-        )
+        # A part of a parameter is taken to be a view of it, which an inference tensor cannot be of one that is none.
+        with torch.inference_mode(False):
+            packed: Self = Tensor._make_wrapper_subclass(
+                cls,
+                (len(slots), *matrix) if stacked else matrix,
+                strides=(rows * columns, *strides) if stacked else strides,
+                dtype=dtype,
+                device=slots[0][0].leaves()[0].device,
+            )
         packed.slots, packed.stacked, packed.turned = slots, stacked, turned
         return packed
 

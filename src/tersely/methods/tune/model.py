@@ -70,8 +70,8 @@ def tune_model(
         raise DataError(f"{settings.name} has {len(sequences)} calibration sequences; give 2 or more, better 128")
     student = _Student(network, graph, encoded, settings, vectors or {})
     held = min(settings.held_out, max(1, len(sequences) // 4))
-    texts, last = list(sequences[:-held]), grouped(sequences[-held:], student.tokens)
     longest = max(len(ids_L) for ids_L in sequences)
+    texts, last = list(sequences[:-held]), grouped(sequences[-held:], student.tokens, longest)
     if settings.own_texts:
         first = [int(ids_L[0]) for ids_L in sequences]
         together = _together(graph, longest)
@@ -147,12 +147,13 @@ def _micro_tokens(vocabulary: int, batch: int) -> int:
 def _steps(texts: Sequence[Tensor], settings: TuneModel, micro: int, seed: int) -> list[list[MicroBatch]]:
     """Micro-batches of every step: the text in steps of about equal tokens, in a new order whenever it is through."""
     order = torch.Generator().manual_seed(seed)
-    steps = [batch.index for batch in grouped(texts, settings.batch)]
+    longest = max(len(ids_L) for ids_L in texts)
+    steps = [batch.index for batch in grouped(texts, settings.batch, longest)]
     chosen: list[list[MicroBatch]] = []
     seen = 0
     while seen < settings.tokens:
         for number in torch.randperm(len(steps), generator=order).tolist():
-            own = grouped([texts[i] for i in steps[number]], micro)
+            own = grouped([texts[i] for i in steps[number]], micro, longest)
             chosen.append(list(own))
             seen += sum(_predicted(each) for each in own)
             if seen >= settings.tokens:

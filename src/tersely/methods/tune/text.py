@@ -81,10 +81,10 @@ def _ends(network: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def grouped(ids: Sequence[Tensor], tokens: int) -> tuple[MicroBatch, ...]:
-    """Sequences of a causal model in micro-batches of at most about `tokens`, padded on the right."""
+def grouped(ids: Sequence[Tensor], tokens: int, longest: int) -> tuple[MicroBatch, ...]:
+    """Sequences of a causal model in micro-batches of at most about `tokens`, padded on the right; none gets longer
+    than `longest`, the longest sequence of all."""
     made = micro_batches(Sequences(tuple(ids), "documents", (0,) * len(ids), ""), tokens=tokens, pad=True)
-    longest = max(batch.ids_BL.shape[1] for batch in made)
     return tuple(_filled_up(batch, longest) for batch in made)
 
 
