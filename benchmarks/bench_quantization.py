@@ -1,18 +1,18 @@
 """Every quantization method on really trained models, beside the peers, at counted bytes.
 
     python benchmarks/bench_quantization.py [stories-3m] [house-llama] [house-mixtral] --assets ../shared
-        [--only NAME ...] [--peers peers.json]
+        [--only NAME ...] [--peer llmcompressor=PYTHON ...]
 
-A row is a recipe, compressed and evaluated by the command line in processes of their own: loss with its interval, KL
-and top-1 agreement with the source, bytes of the encoded weights counted in full (codes, scales, zeros, codebooks,
-indices, low-rank factors), seconds of processor time and peak memory of the job. `--peers` adds the rows that the
-drivers in peers/ printed (one JSON list), measured under the same protocol. Results are merged by row into
-benchmarks/results/DATE-quantization.json, so that a run can be made in parts.
+A row is a recipe of quantization_rows.py, compressed and evaluated by the command line in processes of their own: loss
+with its interval, KL and top-1 agreement with the source, bytes of the encoded weights counted in full (codes, scales,
+zeros, codebooks, indices, low-rank factors), seconds of processor time and peak memory of the job. `--peer` runs a
+peer's rows, by its driver in peers/ (which says how to make its environment), on the same calibration text; its seconds
+are those of its quantizing call alone. Results are merged by row into benchmarks/results/DATE-quantization.json, so
+that a run can be made in parts; show_results.py makes a page and a picture of them.
 
 Protocols: stories-3m calibrates on the first 256 stories and is evaluated on the last 200, each alone, 512 tokens at
 most; the house models calibrate on 256 windows of 256 tokens from the first 300,000 characters of books/train.txt and
-are evaluated on 200 windows of 257 tokens, drawn evenly from books/valid.txt. Peers' rows of the house models are the
-weights that they left, in float32, evaluated by the same command.
+are evaluated on 200 windows of 257 tokens, drawn evenly from books/valid.txt.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantization_rows import HALF, PEERS, recipes
 from safetensors.torch import load_file, save_file
+from show_results import table
 
 from tersely.evaluation.subject import setting
 from tersely.runtime.policy import policy_from_plain
@@ -39,117 +42,6 @@ from tersely.runtime.policy import policy_from_plain
 HERE = Path(__file__).parent
 TERSELY = [sys.executable, "-m", "tersely"]
 CALIBRATION = {"stories-3m": (256, 512), "house-llama": (256, 256), "house-mixtral": (256, 256)}
-
-
-HALF = ", float16 source"
-"""What ends the name of a row whose source is rounded to 16 bits first."""
-
-
-def step(method: str, where: str = "linear", **settings: Any) -> dict[str, Any]:
-    return {"where": where, "method": method, **settings}
-
-
-def cache(method: str, **settings: Any) -> dict[str, Any]:
-    """Not a step: how keys and values are kept."""
-    return {"cache": method, **settings}
-
-
-def recipes() -> dict[str, list[dict[str, Any]]]:
-    """Name -> steps. Groups are of 64 inputs where the method has groups, as the peers' are."""
-    smooth = step("smooth", "normed", alpha=0.5)
-    whole = step("rtn", bits=8, group=64)
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for bits in (4, 3, 2):
-        rows |= {
-            f"w{bits} rtn": [step("rtn", bits=bits, group=64)],
-            f"w{bits} hqq": [step("hqq", bits=bits, group=64)],
-            f"w{bits} gptq": [step("gptq", bits=bits, group=64)],
-            f"w{bits} gptq, asymmetric": [step("gptq", bits=bits, group=64, symmetric=False)],
-            f"w{bits} awq, gptq": [
-                step("awq", "normed | mlp", bits=bits, group=64, symmetric=True, clip="mse"),
-                step("gptq", bits=bits, group=64),
-            ],
-            f"w{bits} rotate, gptq": [step("rotate", "residual"), step("gptq", bits=bits, group=64)],
-            f"w{bits} gptq, signround": [step("gptq", bits=bits, group=64), step("signround")],
-        }
-    # Much text of the parent, and bfloat16 products.
-    text: dict[str, Any] = {"tokens": 1_200_000, "own_texts": 3000, "checks": 6, "autocast": True}
-    for bits, rate in ((4, 1.5e-3), (3, 3e-3), (2, 8e-3)):
-        distill = step("distill", rate=rate, value_rate=2e-3, norm_rate=1e-3, **text)
-        rows[f"w{bits} gptq, distill"] = [step("gptq", bits=bits, group=64), distill]
-        # Scales have the dtype of the source: with 16 bits they take as much as AutoRound's.
-        rows[f"w{bits} gptq, distill{HALF}"] = [step("gptq", bits=bits, group=64, symmetric=bits > 2), distill]
-    # Learned anew from where it ended, at half the rate.
-    again = step("distill", rate=4e-3, value_rate=2e-3, norm_rate=1e-3, **text)
-    rows[f"w2 gptq, distill twice{HALF}"] = [*rows[f"w2 gptq, distill{HALF}"], again]
-    pv = step("pv", **text)
-    aqlm = step("aqlm", codebooks=1, bits=8, group=4)
-    for bits in (4, 3):
-        rows |= {
-            f"w{bits} squeezellm": [step("squeezellm", bits=bits)],
-            f"w{bits} squeezellm, dense": [step("squeezellm", bits=bits, outliers=0.0, sensitive=0.0)],
-            f"w{bits} lqer": [step("lqer", bits=bits, group=64, rank=16)],
-            f"w{bits} aser": [step("aser", bits=bits, group=64, rank=16, outliers=8)],
-            f"w{bits} shiftaddllm": [step("shiftaddllm", bits=bits)],
-            f"w{bits} bipolar": [step("bipolar", bits=bits, group=64)],
-        }
-    return rows | {
-        "w4 awq, rtn": [
-            step("awq", "normed | mlp", bits=4, group=64, symmetric=False, clip="mse"),
-            step("rtn", bits=4, group=64, symmetric=False, clip="mse"),
-        ],
-        "w4 finequant": [step("finequant")],
-        "w4 nf4": [step("nf4")],
-        "w4 mxfp4": [step("mxfp4")],
-        "w4 nvfp4": [step("nvfp4")],
-        "w8 fp8": [step("fp8")],
-        "w8 llm_int8": [step("llm_int8", activations="int8-outliers")],
-        "w2 bipolar": [step("bipolar", bits=2, group=64)],
-        "w2.5 shiftaddllm, allocated": [step("shiftaddllm", bits=3, average_bits=2.5)],
-        "w2 aqlm 1x8 g4": [aqlm],
-        "w2 aqlm 1x8 g4, pv": [aqlm, pv],
-        "w2 gptq, asymmetric, pv": [step("gptq", bits=2, group=64, symmetric=False), pv],
-        "ternary": [step("ternary")],
-        "ternary, distill": [step("ternary"), step("distill", rate=8e-3, value_rate=5e-3, norm_rate=1e-3, **text)],
-        "w8a8 rtn": [step("rtn", bits=8, group=0, activations="int8")],
-        "w8a8 smooth, gptq": [smooth, step("gptq", bits=8, group=0, activations="int8")],
-        "w8a8 fp8": [step("fp8", activations="fp8")],
-        "w4a8 gptq": [step("gptq", bits=4, group=0, activations="int8")],
-        "w4a8 smooth, gptq": [smooth, step("gptq", bits=4, group=0, activations="int8")],
-        "w4a8 aser 64": [
-            step("aser_smooth", "normed | mlp | attn"),
-            step("aser", bits=4, activations="int8"),
-        ],
-        # On widths of 192 to 768 a rank of 64 is a large branch; this one adds about 3 %, as 64 does on 4096.
-        "w4a8 aser 3": [
-            step("aser_smooth", "normed | mlp | attn", outliers=2),
-            step("aser", bits=4, rank=3, outliers=2, activations="int8"),
-        ],
-        "w4a8 aser 64, in turns": [
-            step("aser_smooth", "normed | mlp | attn"),
-            step("aser", bits=4, passes=8, activations="int8"),
-        ],
-        "w4a8 aser 3, in turns": [
-            step("aser_smooth", "normed | mlp | attn", outliers=2),
-            step("aser", bits=4, rank=3, outliers=2, passes=8, activations="int8"),
-        ],
-        "w4a8 aser 64, nearest": [
-            step("aser_smooth", "normed | mlp | attn"),
-            step("aser", bits=4, rounding="nearest", activations="int8"),
-        ],
-        "w4a8 lqer 64": [step("lqer", bits=4, group=0, rank=64, activations="int8")],
-        "w4a4 gptq": [step("gptq", bits=4, group=0, activations="int4")],
-        "w4a4 quarot": [
-            step("rotate", "residual"),
-            step("gptq", bits=4, group=0, activations="int4"),
-            step("gptq", "*.o_proj | *.down_proj", bits=4, group=0, activations="int4", hadamard=64),
-        ],
-        "cache none": [whole],
-        "cache fp8": [whole, cache("fp8")],
-        **{f"cache kivi {bits}": [whole, cache("kivi", bits=bits, residual=32)] for bits in (4, 2)},
-        "cache kivi 2, rotated": [whole, cache("kivi", bits=2, residual=32, rotate=True)],
-        "w4a4 nvfp4": [step("nvfp4", activations="nvfp4")],
-    }
 
 
 def run(command: list[str]) -> tuple[dict[str, Any], float, int]:
@@ -162,7 +54,9 @@ def run(command: list[str]) -> tuple[dict[str, Any], float, int]:
         if os.waitstatus_to_exitcode(status):
             errors.seek(0)
             raise RuntimeError(errors.read().decode().strip().splitlines()[-1])
-    return json.loads(text), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    # A peer may print of itself before the line that counts.
+    found = json.loads(text if text.startswith("{") else text.strip().splitlines()[-1])
+    return found, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def toml(steps: list[dict[str, Any]], calibration: tuple[int, int] | None) -> str:
@@ -247,48 +141,54 @@ def cache_bits(model: Path, steps: list[dict[str, Any]], tokens: int = 512) -> f
     return 8 * policy.nbytes(1, channels, channels, tokens, 2) / (2 * channels * tokens)
 
 
-def presets() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The presets for the best quality, at the group of the peers."""
-    for file in sorted((HERE.parent / "src" / "tersely" / "plan" / "presets").glob("*-best.toml")):
-        steps = tomllib.loads(file.read_text("utf-8"))["steps"]
-        yield file.stem, [{**each, **({"group": 64} if "group" in each else {})} for each in steps]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | bits/weight | loss | KL | top-1 | CPU s | peak MB |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        loss, kl, top = row["loss"], row.get("kl") or {}, row.get("top1") or {}
-        system = "" if row["system"] == "tersely" else f"{row['system']}: "
-        cells = (
-            f"{system}{row['name']}",
-            f"{row['bits_per_weight']:.3f}" if row.get("bits_per_weight") else "",
-            f"{loss['value']:.4f} ± {(loss['high'] - loss['low']) / 2:.4f}"
-            if "high" in loss
-            else f"{loss['value']:.4f}",
-            f"{kl['value']:.4f}" if kl else "",
-            f"{top['value']:.3f}" if top else "",
-            f"{row['cpu_seconds']:.0f}" if row.get("cpu_seconds") else "",
-            f"{row['peak_memory'] / 1e6:.0f}" if row.get("peak_memory") else "",
+def measured_peer(
+    model: str, name: str, system: str, python: Path, driver: str, arguments: str, assets: Path, work: Path
+) -> dict[str, Any]:
+    """A peer's row. Weights that it left in float32 are evaluated as ours are; where it rounds inputs too, its own
+    process measures the loss, and there is no interval."""
+    source, out = assets / "models" / model, work / "out"
+    stories = model == "stories-3m"
+    text, evaluate = data_of(model, assets, work)
+    own = text.removesuffix("[:256]")
+    sequences = "--samples 256 --context 512" if stories else "--samples 256 --context 256 --windows"
+    command = [str(python), str(HERE / "peers" / driver), str(source), str(out), "--text", own]
+    command += arguments.format(sequences=sequences).split()
+    if stories:
+        # The documents that are evaluated must not be seen.
+        command[command.index("--text") + 1] = str(first_stories(Path(own), 256, work))
+    elif "--windows" not in command:
+        command.append("--windows")
+    inputs = re.search(r"--scheme w\d+a(?!16)", arguments) is not None
+    if inputs:
+        command += ["--evaluate", evaluate[1].removesuffix("[-200:]"), *([] if stories else ["--protocol", "windows"])]
+    record, _, _ = run(command)
+    if inputs:
+        facts: dict[str, Any] = {"loss": {"value": record["loss"]}, "kl": {"value": record["kl"]}}
+    else:
+        found, _, _ = run(
+            [*TERSELY, "evaluate", str(out / "dense"), "--against", str(source), *evaluate, "--no-store", "--json"]
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        apart = found["text"]["divergence"]
+        facts = {"loss": found["text"]["loss"], "kl": apart["kl"], "top1": apart["top1_agreement"]}
+    return {
+        "model": model,
+        "name": name,
+        "system": system,
+        "version": record["version"],
+        # All of them load the model in float32; kept in 16 bits, as the house models are, their scales would be too.
+        "bits_per_weight": record.get("bits_per_weight" if stories else "bits_per_weight_half_scales"),
+        **facts,
+        "cpu_seconds": round(record["cpu_seconds"], 1),
+        "peak_memory": record["peak_rss_bytes"],
+        "settings": record["settings"],
+    }
 
 
-def peers(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of the peers' drivers, as ours."""
-    for record in json.loads(path.read_text("utf-8")):
-        if record.get("loss") is not None:
-            yield {
-                "model": record["model"],
-                "name": f"{record['scheme']} {record['method']}",
-                "system": record["peer"],
-                "bits_per_weight": record.get("bits_per_weight"),
-                "loss": {"value": record["loss"]},
-                "kl": {"value": record["kl"]} if record.get("kl") is not None else None,
-                "cpu_seconds": record.get("cpu_seconds"),
-                "peak_memory": record.get("peak_rss_bytes"),
-                "settings": record.get("settings"),
-            }
+def first_stories(text: Path, count: int, work: Path) -> Path:
+    end = "<|endoftext|>"
+    out = work / "stories.txt"
+    out.write_text(end.join(text.read_text("utf-8").split(end)[:count]), "utf-8")
+    return out
 
 
 def write(out: Path, rows: list[dict[str, Any]]) -> None:
@@ -301,29 +201,45 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(CALIBRATION))
     parser.add_argument("--assets", type=Path, default=Path("../shared"))
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="rows whose name begins so")
-    parser.add_argument("--peers", type=Path)
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="TOOL=PYTHON",
+        help=f"run a peer's rows with the Python of its environment ({', '.join(PEERS)}); ours are then left out",
+    )
     options = parser.parse_args()
+    assets = options.assets.absolute()
     out = HERE / "results" / f"{date.today()}-quantization.json"
-    kept = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": []}
-    rows = {(r["model"], r["system"], r["name"]): r for r in kept["rows"]}
-    for row in peers(options.peers) if options.peers else ():
-        rows[row["model"], row["system"], row["name"]] = row
-        write(out, list(rows.values()))
+    jobs: list[tuple[str, str, str, Callable[[Path], dict[str, Any]]]] = []
     for model in options.models:
-        for name, steps in [*recipes().items(), *presets()]:
-            if options.only and not any(name.startswith(each) for each in options.only):
+        for said in options.peer:
+            system, _, python = said.partition("=")
+            driver, own = PEERS[system]
+            jobs += [
+                (model, system, name, partial(measured_peer, model, name, system, python, driver, arguments, assets))
+                for name, arguments in own.items()
+            ]
+        if not options.peer:
+            jobs += [
+                (model, "tersely", name, partial(measured, model, name, steps, assets))
+                for name, steps in recipes().items()
+            ]
+    for model, system, name, job in jobs:
+        if options.only and not any(name.startswith(each) for each in options.only):
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            try:
+                row = job(Path(work))
+            except (RuntimeError, ValueError, IndexError) as error:
+                print(f"{model}, {system} {name}: {error}", file=sys.stderr)
                 continue
-            with tempfile.TemporaryDirectory() as work:
-                try:
-                    row = measured(model, name, steps, options.assets.absolute(), Path(work))
-                except RuntimeError as error:
-                    print(f"{model}, {name}: {error}", file=sys.stderr)
-                    continue
-            rows[model, "tersely", name] = row
-            print(table([row]).splitlines()[-1], flush=True)
-            write(out, list(rows.values()))
-    for model in options.models:
-        print(f"\n{model}\n{table([r for r in rows.values() if r['model'] == model])}")
+        print(f"{model} {table([row]).splitlines()[-1]}", flush=True)
+        # Read again: another run may have written since.
+        kept = json.loads(out.read_text("utf-8"))["rows"] if out.exists() else []
+        rows = {(each["model"], each["system"], each["name"]): each for each in kept}
+        rows[model, system, name] = row
+        write(out, list(rows.values()))
 
 
 if __name__ == "__main__":
