@@ -215,6 +215,7 @@ def test_overrides_say_what_steps_round_inputs_to_and_how_many_bits_they_have_on
         ("w4a16", "damping=0.1", ["damping", "no effect"]),
         ("w4a16", "calibration.samples=3", ["calibration.samples=3", "no effect"]),
         ("w4a16", "grop=64", ["grop", "did you mean group?"]),
+        ("w4a16-gptq", "samples=64", ["samples", "did you mean calibration.samples?"]),
         ("w4a16", "method=gptq", ["method", "no effect"]),
         ("w4a16", "group", ["key=value"]),
         ("w4a16", "=3", ["key=value"]),

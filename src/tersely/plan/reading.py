@@ -164,8 +164,8 @@ def _override(raw: dict[str, Any], key: str, value: Any, text: str) -> None:
         settings = [_settings(step) for step in raw["steps"]]
         hit = [step for step, own in zip(raw["steps"], settings, strict=True) if key in own]
         if not hit:
-            known = sorted({"seed"}.union(*settings))
-            near = difflib.get_close_matches(key, known, n=1)
+            known = sorted({"seed", *(f"calibration.{name}" for name in raw["calibration"])}.union(*settings))
+            near = [f"calibration.{key}"] if key in raw["calibration"] else difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(
                 f"--set {text} has no effect: no step of this recipe has {key!r}; {hint}settings are {', '.join(known)}"
