@@ -35,7 +35,9 @@ from typing import Any
 from quantization_rows import HALF, PEERS, recipes
 from safetensors.torch import load_file, save_file
 from show_results import table
+from transformers import AutoTokenizer
 
+from tersely.calibrate import read_text, sequences
 from tersely.evaluation.subject import setting
 from tersely.runtime.policy import policy_from_plain
 
@@ -150,9 +152,9 @@ def measured_peer(
     stories = model == "stories-3m"
     text, evaluate = data_of(model, assets, work)
     own = text.removesuffix("[:256]")
-    sequences = "--samples 256 --context 512" if stories else "--samples 256 --context 256 --windows"
+    whole = "--samples 256 --context 512" if stories else "--samples 256 --context 256 --windows"
     command = [str(python), str(HERE / "peers" / driver), str(source), str(out), "--text", own]
-    command += arguments.format(sequences=sequences).split()
+    command += arguments.format(sequences=whole).split()
     if stories:
         # The documents that are evaluated must not be seen.
         command[command.index("--text") + 1] = str(first_stories(Path(own), 256, work))
@@ -160,7 +162,11 @@ def measured_peer(
         command.append("--windows")
     inputs = re.search(r"--scheme w\d+a(?!16)", arguments) is not None
     if inputs:
-        command += ["--evaluate", evaluate[1].removesuffix("[-200:]"), *([] if stories else ["--protocol", "windows"])]
+        content, context = read_text(evaluate[1]), int(evaluate[3])
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        chosen = sequences(content, tokenizer, context=context, samples=200, purpose="the evaluation", at_most=True)
+        command += ["--evaluate", str(work / "ids.json")]
+        (work / "ids.json").write_text(json.dumps([ids.tolist() for ids in chosen.ids]), "utf-8")
     record, _, _ = run(command)
     if inputs:
         facts: dict[str, Any] = {"loss": {"value": record["loss"]}, "kl": {"value": record["kl"]}}

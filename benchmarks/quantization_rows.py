@@ -48,10 +48,11 @@ def recipes() -> dict[str, list[dict[str, Any]]]:
         rows[f"w{bits}a16-best"] = best(bits)
         # Scales have the dtype of the source: with 16 bits they take as much as AutoRound's.
         rows[f"w{bits}a16-best{HALF}"] = best(bits)
-        rows[f"w{bits} gptq, signround{HALF}"] = [
-            step("gptq", bits=bits, group=64, symmetric=bits > 2),
-            step("signround"),
-        ]
+        for name, symmetric in (("", True), (", asymmetric", False)):
+            rows[f"w{bits} gptq{name}, signround{HALF}"] = [
+                step("gptq", bits=bits, group=64, symmetric=symmetric),
+                step("signround"),
+            ]
     text: dict[str, Any] = {"tokens": 1_200_000, "own_texts": 3000, "checks": 6, "autocast": True}
     # Tuned anew from where it ended, at half the rate.
     again = step("distill", rate=4e-3, value_rate=2e-3, norm_rate=1e-3, **text)

@@ -75,7 +75,7 @@ CHOSEN = {
         *(((("nvidia-modelopt", "w4 awq_lite"), "ModelOpt 0.47, AWQ"),) if bits == 4 else ()),
         (("auto-round", f"w{bits} 200 steps, whole text"), "AutoRound 0.16, 200 steps, all text"),
         (("tersely", f"w{bits} gptq"), "tersely, GPTQ"),
-        (("tersely", f"w{bits} gptq, signround, float16 source"), "tersely, GPTQ and learned rounding"),
+        (("tersely", f"w{bits} gptq, asymmetric, signround, float16 source"), "tersely, GPTQ and learned rounding"),
         (("tersely", f"w{bits}a16-best, float16 source"), f"tersely, GPTQ and distillation (`w{bits}a16-best`)"),
     )
     for bits in (4, 3, 2)

@@ -37,8 +37,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--windows", action="store_true", help="join the documents' tokens and cut them into windows")
     parser.add_argument("--group", type=int, default=64, help="weights that share a scale; 0: the whole row")
     parser.add_argument("--asymmetric", action="store_true")
-    parser.add_argument("--evaluate", type=Path, help="measure loss and divergence in place, activations quantized too")
-    parser.add_argument("--protocol", choices=("documents", "windows"), default="documents")
+    parser.add_argument(
+        "--evaluate",
+        type=Path,
+        help="measure loss and divergence in place, inputs rounded too: JSON, lists of token ids",
+    )
     return parser
 
 
@@ -154,17 +157,9 @@ def layout(native: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def divergence(options: argparse.Namespace, model: Module) -> dict[str, float]:
-    """Mean loss of `model`, and KL(original || model), in nats a predicted token.
-
-    documents: the last 200, each alone, at most 512 tokens. windows: 200 of 257 tokens of the whole text, window i from
-    token 1500 * i.
-    """
-    base, tokenizer = load(options.model)
-    if options.protocol == "documents":
-        sequences = [tokenizer(d).input_ids[:512] for d in documents(options.evaluate)[-200:]]
-    else:
-        ids = tokenizer(options.evaluate.read_text("utf-8"), verbose=False).input_ids
-        sequences = [ids[1500 * i : 1500 * i + 257] for i in range(200)]
+    """Mean loss of `model`, and KL(original || model), in nats a predicted token of the sequences of --evaluate."""
+    base, _ = load(options.model)
+    sequences = json.loads(options.evaluate.read_text("utf-8"))
     loss = base_loss = kl = 0.0
     count = 0
     for sequence in sequences:
