@@ -144,7 +144,7 @@ def page(results: dict[str, Any], source: str) -> str:
             if row["model"] == model:
                 groups.setdefault(kind(row["name"]), []).append(row)
         for (_, bits, inputs), rows in sorted(groups.items()):
-            parts.append(f"### {heading(bits, inputs)}\n\n{table(sorted(rows, key=lambda row: row['loss']['value']))}")
+            parts.append(f"### {heading(bits, inputs)}\n\n{table(sorted(rows, key=lambda row: row['kl']['value']))}")
     return "\n\n".join(parts) + "\n"
 
 
