@@ -186,7 +186,7 @@ def measured_peer(
         **facts,
         "cpu_seconds": round(record["cpu_seconds"], 1),
         "peak_memory": record["peak_rss_bytes"],
-        "settings": record["settings"],
+        "settings": {k: v for k, v in record["settings"].items() if k not in ("model", "out", "text", "evaluate")},
     }
 
 
