@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium import webdriver
 
 
 class Browser:
@@ -46,17 +47,16 @@ class Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A browser until the end of the block; skips the test where Chromium, its driver or selenium is missing."""
-    programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if missing := [name for name, path in programs.items() if path is None]:
-        pytest.skip(f"{' and '.join(missing)} not found: install them to test pages in a browser")
-    webdriver = pytest.importorskip("selenium.webdriver")
+    """A browser until the end of the block; skips the test where Chromium or its driver is missing."""
+    program, service = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or service is None:
+        pytest.skip("chromium or chromedriver not found: install both to test pages in a browser")
     options = webdriver.ChromeOptions()
-    options.binary_location = programs["chromium"]
+    options.binary_location = program
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs["chromedriver"]))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(service))
     try:
         yield Browser(driver)
     finally:

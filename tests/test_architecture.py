@@ -26,7 +26,7 @@ LAYERS = (
     ("plan",),
     ("report", "rotation"),
     ("stream", "export", "encoding"),
-    ("fisher",),
+    ("fisher", "shape"),
     ("job",),
     ("allocation", "calibrated", "manifest", "tuning"),
     ("units",),

@@ -24,6 +24,8 @@ from tersely.errors import DataError, UsageError
 class Words:
     """A word is a token (its length is its id); with `bos`, id 99 comes first, and with `eos`, 98 last."""
 
+    is_fast = True
+
     def __init__(self, bos: bool = True, eos: bool = False) -> None:
         self.bos, self.eos = bos, eos
 
@@ -44,6 +46,12 @@ class Counted(Words):
     def __call__(self, text: str, **named: bool) -> dict[str, Any]:
         self.characters += len(text)
         return super().__call__(text, **named)
+
+
+class Slow(Words):
+    """Cannot say where its tokens stand."""
+
+    is_fast = False
 
 
 def stories(*texts: str) -> str:
@@ -140,6 +148,12 @@ def test_another_text_context_or_window_has_another_hash() -> None:
 def test_impossible_numbers_are_refused(context: int, samples: int | None) -> None:
     with pytest.raises(UsageError):
         sequences("a b c d e", Words(), context=context, samples=samples)
+
+
+@pytest.mark.parametrize("text", [stories("a b", "c d"), "a b c d"], ids=["documents", "windows"])
+def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"use a fast tokenizer \(a tokenizer\.json\)"):
+        sequences(text, Slow(), context=4)
 
 
 def test_too_few_documents_say_how_many_there_are_and_what_to_do() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -78,7 +79,6 @@ def test_a_form_that_compressed_tensors_has_leaves_as_if_it_had_been_written_so(
 def test_a_low_rank_part_leaves_as_an_adapter_beside_a_standard_checkpoint(
     method: Any, llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    peft = pytest.importorskip("peft")
     out = made(llama, tmp_path / "out", Step("linear", method), text)
     export_folder(out, tmp_path / "with", "adapter")
     assert sorted(p.name for p in (tmp_path / "with" / "adapter").iterdir()) == [

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.errors import CheckpointError, UsageError
-from tersely.fisher import fisher_bytes, fishers, squared_gradients
+from tersely.fisher import fisher_bytes, fishers
 from tersely.graph import Graph, read_graph
 from tests import tiny
 
@@ -153,31 +154,16 @@ def test_gradients_are_squared_before_they_are_averaged(opened: Callable[[str], 
     assert float(mean.square().sum()) < 0.8 * float(together.sum())
 
 
-def test_a_loaded_model_keeps_its_weights_and_is_left_without_gradients(opened: Callable[[str], Opened]) -> None:
-    checkpoint, graph = opened("llama")
-    model: Any = tiny.load(checkpoint.path)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    name = "model.layers.1.self_attn.o_proj.weight"
-    found = squared_gradients(model, graph, sequences(), [name])
-    assert torch.equal(found[name], fishers(checkpoint, graph, sequences(), [name], CPU)[name])
-    for parameter_name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[parameter_name])
-        assert parameter.grad is None
-        assert not parameter.requires_grad
-
-
-def test_the_estimate_holds_the_model_the_results_and_grows_with_the_sequence(
-    opened: Callable[[str], Opened],
-) -> None:
+def test_the_estimate_holds_a_block_and_the_results_and_grows_with_the_text(opened: Callable[[str], Opened]) -> None:
     for family in ("llama", "mixtral"):
-        checkpoint, graph = opened(family)
+        _, graph = opened(family)
         names = [w.name for w in graph.select("linear")]
-        stored = sum(checkpoint.spec(name).nbytes for name in checkpoint)
+        block = max(sum(w.spec.nbytes for w in graph.unit(unit)) for unit in graph.units)
         results = sum(4 * graph.weight(name).rows * graph.weight(name).columns for name in names)
-        assert fisher_bytes(graph, names, 10) > stored + results
-        step = fisher_bytes(graph, names, 20) - fisher_bytes(graph, names, 10)
-        assert step == pytest.approx(fisher_bytes(graph, names, 30) - fisher_bytes(graph, names, 20), abs=8)
-        assert step > 0
+        assert fisher_bytes(graph, names, [10]) > block + results
+        step = fisher_bytes(graph, names, [20]) - fisher_bytes(graph, names, [10])
+        assert step == pytest.approx(fisher_bytes(graph, names, [30]) - fisher_bytes(graph, names, [20]), abs=8)
+        assert step > fisher_bytes(graph, names, [10, 10]) - fisher_bytes(graph, names, [10]) > 0
 
 
 def test_a_masked_model_is_refused(opened: Callable[[str], Opened]) -> None:
@@ -185,6 +171,8 @@ def test_a_masked_model_is_refused(opened: Callable[[str], Opened]) -> None:
     names = [w.name for w in graph.select("linear")]
     with pytest.raises(UsageError, match="bert model predicts masked tokens"):
         fishers(checkpoint, graph, sequences(), names, CPU)
+    with pytest.raises(UsageError, match="bert model predicts masked tokens"):
+        fisher_bytes(graph, names, [10])
 
 
 def test_without_text_there_are_no_gradients(opened: Callable[[str], Opened]) -> None:
@@ -193,13 +181,14 @@ def test_without_text_there_are_no_gradients(opened: Callable[[str], Opened]) ->
         fishers(checkpoint, graph, [], ["lm_head.weight"], CPU)
 
 
-def test_a_loss_that_is_not_finite_is_the_checkpoints_fault(opened: Callable[[str], Opened]) -> None:
-    checkpoint, graph = opened("llama")
-    model: Any = tiny.load(checkpoint.path)
-    with torch.no_grad():
-        model.model.norm.weight[0] = torch.inf
+def test_a_loss_that_is_not_finite_is_the_checkpoints_fault(tmp_path: Path) -> None:
+    folder = tiny.tiny("llama", tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(folder)
     with pytest.raises(CheckpointError, match="sequence 0 is nan"):
-        squared_gradients(model, graph, sequences(), ["lm_head.weight"])
+        fishers(checkpoint, read_graph(checkpoint), sequences(), ["lm_head.weight"], CPU)
 
 
 def test_the_loss_is_the_mean_over_predicted_tokens(opened: Callable[[str], Opened]) -> None:

@@ -61,6 +61,10 @@ RECIPES = {
     "a low rank beside int8": step("linear", "aser", rank=4, group=16, activations="int8"),
     "a low rank that meets full inputs": step("linear", "lqer", rank=4, group=16, activations="int8", inputs="full"),
     "fp8 with a static scale": step("linear", "fp8", scales="tensor", activations="fp8-static"),
+    "two factors": step("linear", "svd_llm", ratio=0.4),
+    "two factors of int8 inputs beside integers": step("linear", "asvd", ratio=0.4, activations="int8", hadamard=16)
+    + step("*.[gw][a1]*", "rtn", group=16, activations="int8", hadamard=16),
+    "two factors, embeddings too": step("linear | embedding", "svd_llm", ratio=0.4),
     "outliers of both": step("linear", "llm_int8", activations="int8-outliers"),
 }
 CASES = [
@@ -74,6 +78,14 @@ CASES = [
     ("t5", "int4 behind a rotation"),
     ("bert", "fp8 with a static scale"),
     ("phi3", "a low rank beside int8"),
+    ("phi3", "two factors"),
+    ("gpt2", "two factors"),
+    ("mixtral", "two factors"),
+    ("t5", "two factors"),
+    ("mixtral", "two factors of int8 inputs beside integers"),
+    ("gpt2", "two factors, embeddings too"),
+    ("t5", "two factors, embeddings too"),
+    ("gemma2", "two factors, embeddings too"),
 ]
 
 
@@ -115,7 +127,7 @@ def test_a_folder_loads_as_the_model_that_compress_had_in_memory(
 
     def watched(c: Checkpoint, g: Graph, batches: tuple[MicroBatch, ...], **settings: Any) -> Iterator[Stop]:
         data.extend(batches)
-        return stream(c, g, batches, logits=logits, **settings)
+        return stream(c, g, batches, logits=logits.append, **settings)
 
     monkeypatch.setattr("tersely.calibrated.stream", watched)
     recipe = recipe_from_toml(RECIPES[name] + CALIBRATION)

@@ -39,6 +39,8 @@ def others(hint: Any, before: Any) -> list[Any]:
         return [v for v in get_args(hint) if v != before]
     if hint is bool:
         return [not before]
+    if hint is str:
+        return [v for v in ("2:4", "1:4", "") if v != before]
     if hint is int:
         return [v for v in (before + 1, before * 2, before - 1, before // 2, 16, 4, 1) if v != before]
     return [v for v in (before / 2, before * 1.5, 0.25, 0.001, 1.0) if v != before]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 
 from tersely.evaluation.statistics import (
     auc,
@@ -164,7 +165,6 @@ def test_bounds_cut_the_interval() -> None:
 
 
 def test_few_documents_have_students_interval() -> None:
-    stats = pytest.importorskip("scipy.stats")
     for k in (2, 3, 4):
         values = np.random.default_rng(k).normal(0, 1, k)
         found, p = paired(values, np.ones(k))
@@ -189,7 +189,6 @@ def test_wilsons_interval_holds_the_share_19_times_in_20_over_all_shares(items: 
 
 
 def test_shares_equal_scipys() -> None:
-    stats = pytest.importorskip("scipy.stats")
     for right, items in ((0, 7), (3, 9), (50, 200), (199, 200)):
         expected = stats.binomtest(right, items).proportion_ci(0.95, method="wilson")
         found = mean([1.0] * right + [0.0] * (items - right))
@@ -204,7 +203,6 @@ def test_mcnemar_equals_the_exact_binomial_test() -> None:
 
 
 def test_mcnemar_equals_scipys_at_any_size() -> None:
-    stats = pytest.importorskip("scipy.stats")
     for lost, gained in ((3, 40), (500, 600), (0, 900), (100_000, 101_000), (1_000_000, 1_002_000)):
         expected = stats.binomtest(lost, lost + gained).pvalue
         assert mcnemar(lost, gained) == pytest.approx(expected, rel=1e-7)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tersely.errors import CheckpointError, DataError, UsageError
 from tersely.evaluation.tasks import (
@@ -38,8 +39,6 @@ from tersely.runtime import Loaded, load_model, load_tokenizer
 
 from .tiny import tiny
 from .tokens import WORDS, write_tokenizer
-
-pytest.importorskip("lm_eval")
 
 POSITIONS = 512
 NAMES = [own.name for own in OWN]
@@ -313,6 +312,36 @@ def test_a_shared_beginning_runs_once_and_changes_nothing(models: list[Loaded]) 
     for (one, greedy), (other, as_well) in zip(together, apart, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
         assert greedy == as_well
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mamba", {"state_size": 4}),
+        (
+            "lfm2",
+            {"num_attention_heads": 2, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+        ),
+    ],
+)
+def test_a_state_that_is_not_keys_and_values_is_not_shared(
+    kind: str, settings: dict[str, Any], models: list[Loaded]
+) -> None:
+    network = models[0].network
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=network.config.vocab_size, hidden_size=32, num_hidden_layers=2, **settings
+    )
+    torch.manual_seed(0)
+    made: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    own = reader(replace(models[0], network=made.eval()))
+    draw = random.Random(2)
+    begin = words(draw, 60)
+    pairs = [(f"{begin} {words(draw, 3)}", f" {word}") for word in WORDS[:12]]
+    together = own.loglikelihood(requests(*pairs))
+    assert own.likelihoods.shares is False
+    for (one, _), pair in zip(together, pairs, strict=True):
+        ((other, _),) = own.loglikelihood(requests(pair))
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_a_micro_batch_holds_no_more_tokens_than_allowed(models: list[Loaded]) -> None:

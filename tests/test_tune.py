@@ -19,9 +19,21 @@ from tersely.graph import Graph, read_graph
 from tersely.measure import Statistics
 from tersely.methods.encode.aqlm import AQLM
 from tersely.methods.encode.rtn import RTN
-from tersely.methods.tune import PV, TUNES, Descent, Distill, SignRound, Tuned, tune_block, tune_model, tuning_work
+from tersely.methods.tune import (
+    PV,
+    TUNES,
+    Descent,
+    Distill,
+    SignRound,
+    Tuned,
+    rounding_work,
+    tune_block,
+    tune_model,
+    tuning_work,
+)
 from tersely.methods.tune.divergence import divergence
 from tersely.methods.tune.text import write_texts
+from tersely.methods.tune.trainable import trainable
 from tests.tiny import load, tiny
 
 GROUP = 16
@@ -232,6 +244,35 @@ def test_the_estimate_grows_with_the_text_and_with_what_is_tuned(llama: Case) ->
     base = tuning_work(llama.graph, tuned, Distill(tokens=1000), context=32, texts=16)
     assert tuning_work(llama.graph, tuned, Distill(tokens=9000), context=32, texts=16).flops > base.flops
     assert tuning_work(llama.graph, tuned[:1], Distill(tokens=1000), context=32, texts=16).memory < base.memory
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_estimate_of_learned_rounding_holds_a_block_what_moves_of_it_and_what_is_recorded(
+    model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    graph = read_graph(open_checkpoint(tiny(model_type, tmp_path)))
+    tuned = [w for w in graph.weights if w.kind == "linear" and w.unit]
+    sequences = (12, 20, 20)
+
+    def memory(sequences: tuple[int, ...], micro: int) -> int:
+        return rounding_work(graph, tuned, SignRound(), sequences=sequences, micro=micro, dtype=dtype).memory
+
+    held = []
+    for unit in graph.units:
+        draw = torch.Generator().manual_seed(0)
+        weights = {w.name: torch.randn(w.rows, w.columns, generator=draw) for w in tuned if w.unit == unit}
+        parts = {name: rounded(weight_OI) for name, weight_OI in weights.items()}
+        views = [view for name, part in parts.items() for view in trainable(part, weights[name], 0.5)]
+        # Weights, where latents began, codes; the block; codes as stored, and the best; what moves, and gradients.
+        numel = sum(weight_OI.numel() for weight_OI in weights.values())
+        moving = sum(t.numel() for view in views for t in (*view.latents, *view.values))
+        grams = {w.statistics: w.columns**2 for w in tuned if w.unit == unit}
+        held.append((12 + dtype.itemsize + 2) * numel + 8 * moving + 4 * sum(grams.values()))
+    recorded = 3 * sum(sequences) * graph.sizes["residual"] * dtype.itemsize
+    assert memory(sequences, 20) >= max(held) + recorded
+    assert memory(sequences * 2, 20) - memory(sequences, 20) == recorded
+    assert memory(sequences, 40) > memory(sequences, 20)
 
 
 # Text that the parent writes

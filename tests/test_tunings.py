@@ -98,7 +98,7 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_written(llama: Path,
     smooth = Recipe((Change("normed", Smooth()), Step("linear", GPTQ(group=16)), tune), TEXT)
     with pytest.raises(UsageError, match="in the basis of the source"):
         compress(llama, smooth, tmp_path / "out", calibration=text)
-    with pytest.raises(UsageError, match="and steps that tune"):
+    with pytest.raises(UsageError, match="and those that tune"):
         Recipe((tune, encode), TEXT)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Quantize a checkpoint with llm-compressor, for comparison; runs in a virtual environment of its own.
+"""Quantize or sparsify a checkpoint with llm-compressor, for comparison; runs in a virtual environment of its own.
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 && peer/bin/pip install llmcompressor==0.14.0.1
     peer/bin/python benchmarks/peers/llm_compressor.py MODEL OUT --method gptq --scheme w4a16 --group 64 --text FILE
@@ -23,12 +23,14 @@ from job import Clock, Scheme, arguments, calibration, divergence, layout, load,
 from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers import Modifier  # noqa: E402
 from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier  # noqa: E402
 from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E402
 from llmcompressor.modifiers.transform.awq import AWQModifier  # noqa: E402
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier  # noqa: E402
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier  # noqa: E402
 
-METHODS = ("rtn", "gptq", "awq", "awq+gptq", "smoothquant", "smoothquant+gptq", "spinquant", "spinquant+gptq")
+PRUNING = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
+METHODS = (*PRUNING, "rtn", "gptq", "awq", "awq+gptq", "smoothquant", "smoothquant+gptq", "spinquant", "spinquant+gptq")
 
 
 def quantization(scheme: str, group: int, symmetric: bool, observer: str | None) -> dict[str, Any]:
@@ -61,6 +63,8 @@ def quantization(scheme: str, group: int, symmetric: bool, observer: str | None)
 parser = arguments("llm-compressor")
 parser.add_argument("--method", choices=METHODS, required=True)
 parser.add_argument("--scheme", default="w4a16", help="wNaM, or a preset: nvfp4, nvfp4a16, fp8, fp8_dynamic, mxfp4 ...")
+parser.add_argument("--sparsity", type=float, default=0.5, help="wanda, sparsegpt: share of zeros")
+parser.add_argument("--mask", default="0:0", help="wanda, sparsegpt: 2:4, or 0:0 for any place")
 parser.add_argument("--observer", help="how the range of a group is chosen: memoryless_minmax, memoryless_mse ...")
 parser.add_argument("--damping", type=float, default=0.01, help="gptq: part of the mean diagonal")
 parser.add_argument("--smoothing", type=float, default=0.8, help="smoothquant: its exponent")
@@ -83,7 +87,12 @@ if options.method.startswith("smoothquant"):
     steps.append(SmoothQuantModifier(smoothing_strength=options.smoothing))
 if options.method.startswith("spinquant"):
     steps.append(SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard"))
-if options.method.endswith("gptq"):
+if options.method in PRUNING:
+    pruning = PRUNING[options.method]
+    steps.append(
+        pruning(sparsity=options.sparsity, mask_structure=options.mask, targets=["Linear"], ignore=options.ignore)
+    )
+elif options.method.endswith("gptq"):
     steps.append(GPTQModifier(ignore=options.ignore, dampening_frac=options.damping, **group))
 else:
     steps.append(QuantizationModifier(ignore=options.ignore, **group))

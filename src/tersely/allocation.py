@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from tersely.calibrate import micro_batches
-from tersely.encoding import Source
+from tersely.encoding import Source, applied
 from tersely.errors import UsageError
 from tersely.fisher import fishers
 from tersely.job import Job
@@ -148,7 +148,7 @@ def _losses(job: Job, steps: Mapping[str, Step], say: Callable[[str, float], Non
                     value_OI = source.value(weight, None, job.device)
                     found[weight.name] = {}
                     for bits in choices(step):
-                        decoded_OI = step.with_bits(bits).method(value_OI, stats).decode()
+                        decoded_OI = applied(step.with_bits(bits), value_OI, stats).decode()
                         delta_OI = (value_OI.float() - decoded_OI.float()).square_()
                         found[weight.name][bits] = float((steepness[weight.name] * delta_OI).sum())
     missing = next((name for name in steps if name not in found), None)

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from tersely.calibrate import micro_batches
 from tersely.codecs import Encoded
 from tersely.codecs.entrance import Entrance
+from tersely.codecs.low_rank import factors_of
 from tersely.encoding import Result, Source, encode
 from tersely.encoding import result as encoded_result
 from tersely.graph import Graph, Weight
@@ -60,6 +62,7 @@ def calibrated(
     surveyed = {unit: stages for unit in undone if (stages := _surveyed(graph, changes, unit))}
     if not measured and not surveyed and not recorded:
         return
+    tables = {weight.name: (part, own) for weight, part, own in encoded_tables(job, source)}
     results: dict[str, Result] = {}
     parts: dict[str, Encoded] = {}
     known: dict[str, Statistics] = {}
@@ -127,6 +130,7 @@ def calibrated(
         surveyed=surveyed,
         transformed=transformed,
         replaced=replaced,
+        tables={name: running(part, own.entrance) for name, (part, own) in tables.items()},
         recorded=recorded,
         dtype=job.dtype,
         device=job.device,
@@ -150,14 +154,28 @@ def calibrated(
                 for weight, ran in encoded(stop.unit, stop.stage, stop.statistics):
                     stop.replace(weight, ran)
         if (stop.stage is None or not stop.unit) and (stop.unit in {*measured, *surveyed, *recorded}):
-            yield stop.unit, dict(results), source
+            outside = {} if stop.unit else {name: own for name, (_, own) in tables.items()}
+            yield stop.unit, results | outside, source
+
+
+def encoded_tables(job: Job, source: Source) -> Iterator[tuple[Weight, Encoded, Result]]:
+    """Encode the embeddings that a step selects, by how often the calibration text reads each of their rows."""
+    weights = [w for w in job.graph.unit("") if w.kind == "lookup" and w.name in job.steps]
+    known: dict[str, Statistics] = {}
+    if weights and job.data is not None:
+        ids_T = torch.cat([torch.as_tensor(ids_L).flatten() for ids_L in job.data.ids])
+        for weight in weights:
+            reads_O = torch.bincount(ids_T, minlength=weight.rows).float().to(job.device)
+            known[weight.statistics] = Statistics(weight.columns, job.device, tokens=len(ids_T), reads_O=reads_O)
+    return encode(source, weights, job.steps, known, job.format, job.device, {})
 
 
 def running(encoded: Encoded, entrance: Entrance) -> Value:
     """An encoded weight as it runs."""
+    factors = factors_of(encoded.parts)
     if not entrance.activations:
-        return Value(encoded.decode())
-    return Value(encoded.decode(), entrance.rounded, encoded.full())
+        return Value(encoded.decode(), factors=factors)
+    return Value(encoded.decode(), entrance.rounded, encoded.full(), factors)
 
 
 def _stages(job: Job, unit: str) -> Measured:

@@ -33,6 +33,7 @@ from tersely.measure import Statistics
 from tersely.plan.recipe import Recipe, Tuning
 from tersely.results import Report
 from tersely.rotation import rotate
+from tersely.shape.run import reshape
 from tersely.stored import groups_from_plain, leaf_name, open_stored
 from tersely.stream import Value
 from tersely.tuning import tune_whole
@@ -59,8 +60,8 @@ def compress(
     source: a folder, or a name on the Hugging Face hub. recipe: a preset's name, a TOML file, or a Recipe.
     calibration: a text file (documents separated by `<|endoftext|>` lines, or one long text), for recipes that
     measure. format: "compressed-tensors"; "tersely", which holds everything that tersely can do and loads after
-    `import tersely`; "dense" for an ordinary checkpoint with the compressed values; "auto": the first where it can say
-    what was done, else the second.
+    `import tersely`; "dense" for an ordinary checkpoint with the compressed values; "auto": "dense" where no weight is
+    stored in fewer bits, else the first where it can say what was done, else the second.
     device: where the calibration and the encoding run. resume: continue a job that was killed.
 
     Raises the errors of tersely.errors; the source is never touched, and `out` appears only when it is whole.
@@ -82,7 +83,7 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
     free = [change for change in job.recipe.changes if not change.needs]
     with workers() as pool, torch.no_grad():
         # Without data the first blocks are encoded while the source is hashed.
-        early = job.data is None and not resume and not free
+        early = job.data is None and not resume and not free and not job.recipe.shapes
         ahead = Ahead(pool, job, files_of(job)) if early else None
         facts = {
             "tersely": __version__,
@@ -95,7 +96,24 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         if resume and job.out.is_dir():
             return finished(job, facts)
         whole = [tuning for tuning in job.recipe.tunings if tuning.whole]
-        with _between(job, facts, resume) if free or whole else nullcontext(Path()) as folder:
+        beside = free or whole or job.recipe.shapes
+        with _between(job, facts, resume) if beside else nullcontext(Path()) as folder:
+            for number, step in enumerate(job.recipe.shapes):
+                made, done = reshape(
+                    job.checkpoint,
+                    step,
+                    job.data,
+                    folder / f"shape-{number}",
+                    facts,
+                    dtype=job.dtype,
+                    device=job.device,
+                    seed=job.recipe.seed,
+                    resume=resume,
+                    say=_share(say, number, len(job.recipe.shapes) + bool(job.steps)),
+                )
+                job = replace(job, checkpoint=made, graph=read_graph(made), shapes=(*job.shapes, done))
+            if job.recipe.shapes:
+                say = _share(say, len(job.recipe.shapes), len(job.recipe.shapes) + 1)
             if free:
                 say("change of basis", 0.0)
                 made = rotate(job.checkpoint, free, job.recipe.seed, folder / "rotated", facts, resume)
@@ -205,12 +223,14 @@ def _tuned(
                 for weight in job.graph.unit(unit):
                     if weight.name in job.steps:
                         step = job.steps[weight.name]
-                        value, own = source.value(weight, step, job.device), tuned[weight.name]
-                        nothing = Statistics(weight.columns, job.device)
+                        own = tuned[weight.name]
+                        # What no step tuned lies on the CPU.
+                        value = source.value(weight, step, own.decode().device)
+                        nothing = Statistics(weight.columns, value.device)
                         made = result(weight, step, value, own, nothing, job.format)
                         # The static scale of its inputs, if any: no activations are measured here.
-                        leaves = stored.leaves(weight.name)
-                        beside = {leaf_name(weight.name, n): t for n, t in leaves.items() if n not in own.tensors()}
+                        leaves, held = stored.leaves(weight.name), stored.encoded(weight.name)
+                        beside = {leaf_name(weight.name, n): t for n, t in leaves.items() if n not in held.tensors()}
                         results[weight.name] = replace(made, stored={**made.stored, **beside})
                 writer.put(file, *unit_of(job, source, unit, results))
         return _finish(job, writer, facts, kept, list(units.values()), [note])
@@ -248,6 +268,11 @@ def _calibrated(job: Job, writer: Writer, measured: Mapping[str, Tensor], say: P
         if not writer.done(file):
             writer.put(file, *encoded_free(job, unit, measured))
         yield file
+
+
+def _share(say: Progress, number: int, parts: int) -> Progress:
+    """Progress of one of several parts of a job."""
+    return lambda what, share: say(what, (number + share) / parts)
 
 
 def _silent(_what: str, _share: float) -> None:

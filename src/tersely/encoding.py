@@ -17,6 +17,8 @@ from torch import Tensor
 from tersely.checkpoint import Checkpoint
 from tersely.codecs import Encoded, Scheme
 from tersely.codecs.activations import ACTIVATIONS, layout
+from tersely.codecs.bitmask import smallest, smallest_form
+from tersely.codecs.dense import Dense, DenseForm
 from tersely.codecs.entrance import Entrance
 from tersely.errors import CheckpointError
 from tersely.graph import Weight
@@ -85,7 +87,7 @@ def encode(
 
     def together(weight: Weight) -> tuple[Any, ...]:
         # Without statistics there is nothing to share, and one weight at a time needs less memory.
-        shares = steps[weight.name].method.row_wise and weight.statistics in statistics
+        shares = steps[weight.name].row_wise and weight.statistics in statistics
         alone = "" if shares else weight.name
         return (weight.statistics, alone, repr(steps[weight.name]), str(weight.spec.dtype))
 
@@ -96,58 +98,95 @@ def encode(
         values = [source.value(w, step, device) for w in stack]
         if all(w.name in fishers for w in stack):
             stats = replace(stats, fisher_OI=torch.cat([fishers[w.name] for w in stack]))
-        encoded = _laid_out(step.method(torch.cat(values) if len(values) > 1 else values[0], stats), step, format)
+        encoded = applied(step, torch.cat(values) if len(values) > 1 else values[0], stats)
         pieces = encoded.split([len(v) for v in values]) if len(values) > 1 else [encoded]
         for weight, value, part in zip(stack, values, pieces, strict=True):
             yield weight, part, result(weight, step, value, part, stats, format)
 
 
+def applied(step: Step, weight_OI: Tensor, stats: Statistics) -> Encoded:
+    """A weight after a step: first what sets it to zero, if any, then what stores the rest."""
+    if not step.sparse:
+        return step.method(weight_OI, stats)
+    first = Encoded((Dense(weight_OI),)) if step.sparsity is None else step.sparsity(weight_OI, stats)
+    sparse_OI = first.decode()
+    second = step.method(sparse_OI, replace(stats, kept_OI=sparse_OI != 0))
+    return Encoded(second.parts, "; ".join(filter(None, [first.note, second.note])))
+
+
 def result(weight: Weight, step: Step, value_OI: Tensor, encoded: Encoded, stats: Statistics, format: Format) -> Result:
     """What is written of an encoded weight, and its row of the report."""
     entrance = _entrance(weight, step, stats)
+    encoded = _laid_out(encoded, step, format)
     stored = _stored(weight, encoded, entrance, format)
     every = _step(weight)
     lost, total = output_energies(value_OI[::every], encoded.sample(0, every).decode(), stats.gram_II)
-    row = _row(weight, step, stored, lost, total, stats.tokens, encoded.note)
+    row = _row(weight, step, stored, lost, total, stats.tokens, encoded.note, _zeros(encoded, step))
     return Result(stored, _scheme(encoded, step), row, entrance)
 
 
 def encode_free(source: Source, weight: Weight, step: Step, format: Format, device: torch.device) -> Result:
     """Encode a weight with a method that measures nothing, a slab of rows at a time."""
     slab = weight.rows
-    if step.method.row_wise and not weight.transposed:
+    if step.row_wise and not weight.transposed:
         # A multiple of 32 rows: packed zero points of two slabs then meet at a word's boundary.
         row_bytes = weight.columns * weight.spec.dtype.itemsize
         slab = max(32, _SLAB_BYTES[device.type] // row_bytes // 32 * 32)
     nothing = Statistics(weight.columns, device)
     entrance = _entrance(weight, step, nothing)
     every = _step(weight)
+    pieces: list[Tensor] = []
     slabs: list[Mapping[str, Tensor]] = []
     schemes: list[Scheme] = []
     lost = total = 0.0
+    zeros: int | None = None
     note = ""
     for a in range(0, weight.rows, slab):
         read = source[weight.name] if slab >= weight.rows else source.slab(weight.name, a, min(a + slab, weight.rows))
         value = _oriented(weight, require_finite(weight.name, read)).to(device)
         value = hadamard(value, step.hadamard) if step.hadamard else value
-        encoded = _laid_out(step.method(value, nothing), step, format)
-        slabs.append(_stored(weight, encoded, entrance, format))
-        schemes.append(_scheme(encoded, step))
+        encoded = applied(step, value, nothing)
+        if (own := _zeros(encoded, step)) is not None:
+            zeros = own + (zeros or 0)
+        if _scheme(encoded, step).unquantized:
+            pieces.append(encoded.decode().cpu())
+        else:
+            encoded = _laid_out(encoded, step, format)
+            slabs.append(_stored(weight, encoded, entrance, format))
+            schemes.append(_scheme(encoded, step))
         start = -a % every
         energies = output_energies(value[start::every], encoded.sample(start, every).decode(), None)
         lost, total, note = lost + energies[0], total + energies[1], encoded.note
+    if pieces:
+        # How it is stored depends on how many zeros all of it has.
+        whole = _laid_out(Encoded((Dense(torch.cat(pieces)),)), step, format)
+        slabs, schemes = [_stored(weight, whole, entrance, format)], [_scheme(whole, step)]
     assert len(set(schemes)) == 1, "a row-wise method leaves one form"
     stored = {name: _joined(name, [s[name] for s in slabs]) for name in slabs[0]}
-    return Result(stored, schemes[0], _row(weight, step, stored, lost, total, 0, note), entrance)
+    return Result(stored, schemes[0], _row(weight, step, stored, lost, total, 0, note, zeros), entrance)
 
 
 def _laid_out(encoded: Encoded, step: Step, format: Format) -> Encoded:
     """As the format stores its parts."""
+    if _scheme(encoded, step).unquantized:
+        value_OI = encoded.decode()
+        return Encoded((smallest(value_OI) if format == "tersely" else Dense(value_OI),), encoded.note)
     if format != "compressed-tensors":
         return encoded
     forms = layout(_scheme(encoded, step)).parts
     parts = (replace(part, form=form) for part, form in zip(encoded.parts, forms, strict=True))  # type: ignore[type-var]
     return Encoded(tuple(parts), encoded.note)
+
+
+def stored_bytes(weight: Weight, scheme: Scheme, format: Format) -> int:
+    """What a weight takes in a format, the most where that depends on its values."""
+    if format == "dense" or (format == "compressed-tensors" and scheme.unquantized):
+        return weight.spec.nbytes
+    shape = (weight.rows, weight.columns, weight.spec.dtype)
+    if scheme.unquantized:
+        forms = (form for form in scheme.parts if isinstance(form, DenseForm))
+        return sum(smallest_form(form, *shape).nbytes(*shape) for form in forms)
+    return (layout(scheme) if format == "compressed-tensors" else scheme).nbytes(*shape)
 
 
 def _scheme(encoded: Encoded, step: Step) -> Scheme:
@@ -175,13 +214,18 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _zeros(encoded: Encoded, step: Step) -> int | None:
+    """How many weights are zero, where zeros are what a step is for."""
+    return int((encoded.decode() == 0).sum()) if step.sparse or _scheme(encoded, step).unquantized else None
+
+
 def _step(weight: Weight) -> int:
     """Every so many outputs, the error is measured: 256 of them, or all of a smaller weight."""
     return -(-weight.rows // 256)
 
 
 def _stored(weight: Weight, encoded: Encoded, entrance: Entrance, format: Format) -> dict[str, Tensor]:
-    if format == "dense":
+    if format == "dense" or (format == "compressed-tensors" and Scheme(encoded.forms).unquantized):
         # A new dense weight in the source's layout and dtype.
         stored = {weight.name: _oriented(weight, encoded.decode().cpu()).to(weight.spec.dtype).contiguous()}
     else:
@@ -209,19 +253,21 @@ def _row(
     total: float,
     tokens: int,
     note: str,
+    zeros: int | None,
 ) -> Row:
     error = (max(lost, 0.0) / total) ** 0.5 if total > 0 else 0.0
     return Row(
         name=weight.name,
         block=weight.block,
         role=weight.role,
-        method=step.method.name,
+        method=step.name,
         parameters=weight.rows * weight.columns,
         bytes_before=weight.spec.nbytes,
         bytes_after=sum(t.numel() * t.element_size() for t in stored.values()),
         error=float(f"{error:.6g}"),
         tokens=tokens,
         note=note,
+        zeros=zeros,
     )
 
 

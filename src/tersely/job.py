@@ -12,8 +12,8 @@ import torch
 from tersely.calibrate import Sequences, read_text, sequences
 from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.codecs import Scheme
-from tersely.codecs.activations import layout
-from tersely.encoding import Format
+from tersely.codecs.low_rank import is_product
+from tersely.encoding import Format, stored_bytes
 from tersely.errors import CheckpointError, UsageError
 from tersely.export import compressed_tensors
 from tersely.fisher import fisher_bytes
@@ -23,8 +23,11 @@ from tersely.plan.cost import Cost, estimate
 from tersely.plan.reading import load_recipe
 from tersely.plan.recipe import Recipe, Step
 from tersely.rebase import check_rebase
+from tersely.results import Reshaping
 from tersely.rotation import places, planned, reader_columns, trial
 from tersely.runtime import find_device, load_tokenizer
+from tersely.shape.run import planned as reshaped
+from tersely.shape.run import work as shape_work
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Job:
     origin: Checkpoint
     """As it was given."""
     checkpoint: Checkpoint
-    """What is encoded: the origin, or the same model in another basis."""
+    """What is encoded: the origin, or what was made of it in another shape or another basis."""
     graph: Graph
     recipe: Recipe
     steps: Mapping[str, Step]
@@ -47,6 +50,8 @@ class Job:
     dtype: torch.dtype
     """In which the calibration runs."""
     cost: Cost
+    shapes: tuple[Reshaping, ...] = ()
+    """What steps have done that leave a smaller shape."""
 
 
 def prepare(
@@ -66,10 +71,14 @@ def prepare(
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
         raise CheckpointError(f"{checkpoint.path} is quantized already ({method}); start from the original checkpoint")
-    graph = read_graph(checkpoint)
+    shapes = [checkpoint]
+    for number, step in enumerate(recipe.shapes):
+        shapes.append(reshaped(shapes[-1], step, f"step {number + 1} ({step.method.name})"))
+    graph = read_graph(shapes[-1])
     free = [change for change in recipe.changes if not change.needs]
-    graph = read_graph(planned(checkpoint, graph, free)) if free else graph
-    _check_changes(checkpoint, graph, recipe)
+    final = planned(shapes[-1], graph, free)
+    graph = read_graph(final)
+    _check_changes(final, graph, recipe)
     steps = assign(recipe, graph)
     schemes = {n: step.scheme(graph.weight(n).rows, graph.weight(n).columns) for n, step in steps.items()}
     chosen = _format(format, graph, schemes)
@@ -98,15 +107,20 @@ def prepare(
             "or take a recipe that does, such as w4a16-gptq"
         )
     steep = [name for name, step in steps.items() if "fisher" in step.needs or step.average_bits]
+    lengths = [len(ids_L) for ids_L in data.ids] if data else []
     cost = estimate(
         graph,
         steps,
-        sequences=[len(ids_L) for ids_L in data.ids] if data else [],
+        sequences=lengths,
         tunings=recipe.tunings,
-        gradients=fisher_bytes(graph, steep, max(map(len, data.ids))) if data and steep else 0,
-        output=_output_bytes(checkpoint, graph, schemes, chosen),
-        between=(checkpoint.nbytes if free else 0)
-        + (2 * _output_bytes(checkpoint, graph, schemes, "tersely") if any(t.whole for t in recipe.tunings) else 0),
+        gradients=fisher_bytes(graph, steep, lengths) if data and steep else 0,
+        shapes=[
+            shape_work(headers, step, lengths, dtype) for headers, step in zip(shapes, recipe.shapes, strict=False)
+        ],
+        output=_output_bytes(final, graph, schemes, chosen),
+        between=sum(2 * headers.nbytes for headers in shapes[1:])
+        + (final.nbytes if free else 0)
+        + (2 * _output_bytes(final, graph, schemes, "tersely") if any(t.whole for t in recipe.tunings) else 0),
         out=Path(out),
         dtype=dtype,
         device=where,
@@ -161,9 +175,16 @@ def _format(asked: str, graph: Graph, schemes: Mapping[str, Scheme]) -> Format:
             if scheme.activations or scheme.hadamard:
                 what = f"activations={scheme.activations!r}" if scheme.activations else f"hadamard={scheme.hadamard}"
                 raise UsageError(f"{name}: {what} is work for when the model runs, which --format dense cannot say")
+            if is_product(scheme.parts):
+                raise UsageError(
+                    f"{name}: --format dense stores the product of the factors, which takes as much as the weight; use "
+                    "--format tersely, which keeps the factors (`tersely export --to hf` writes the product)"
+                )
         return "dense"
     if asked not in ("auto", "compressed-tensors"):
         raise UsageError(f"format={asked!r}: expected 'auto', 'compressed-tensors', 'tersely' or 'dense'")
+    if asked == "auto" and all(scheme.ordinary for scheme in schemes.values()):
+        return "dense"
     try:
         compressed_tensors.check(graph, schemes)
     except UsageError:
@@ -175,12 +196,8 @@ def _format(asked: str, graph: Graph, schemes: Mapping[str, Scheme]) -> Format:
 
 def _output_bytes(checkpoint: Checkpoint, graph: Graph, schemes: Mapping[str, Scheme], format: Format) -> int:
     total = sum(checkpoint.spec(n).nbytes for n in checkpoint)
-    if format == "dense":
-        return total
-    weights = {n: graph.weight(n) for n in schemes}
-    stored = {n: layout(scheme) if format == "compressed-tensors" else scheme for n, scheme in schemes.items()}
-    saved = (w.spec.nbytes - stored[n].nbytes(w.rows, w.columns, w.spec.dtype) for n, w in weights.items())
-    return total - sum(saved)
+    weights = [(graph.weight(n), scheme) for n, scheme in schemes.items()]
+    return total - sum(w.spec.nbytes - stored_bytes(w, scheme, format) for w, scheme in weights)
 
 
 def _compute_dtype(graph: Graph, device: torch.device) -> torch.dtype:

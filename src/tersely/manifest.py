@@ -103,7 +103,9 @@ def report(job: Job, plain: Sequence[Mapping[str, Any]], told: Sequence[str] = (
     for row in rows:
         if row.note:
             noted.setdefault((row.block, row.note), []).append(row.name.removesuffix(".weight"))
-    notes = [*told, *(f"{', '.join(names)}: {note}" for (_, note), names in noted.items())]
+    notes = [f"{shape.method}: {note}" for shape in job.shapes for note in shape.notes]
+    notes += [*told, *_sparsity(rows, job.checkpoint.parameters)]
+    notes += [f"{', '.join(names)}: {note}" for (_, note), names in noted.items()]
     notes += [f"{n} is stored but not read by the model; carried over" for n in job.graph.extra]
     notes += [f"{n} was left behind" for n in job.origin.left_behind]
     return Report(
@@ -117,7 +119,20 @@ def report(job: Job, plain: Sequence[Mapping[str, Any]], told: Sequence[str] = (
         bytes_after=after,
         parameters=parameters,
         notes=tuple(notes),
+        shapes=job.shapes,
     )
+
+
+def _sparsity(rows: Sequence[Row], parameters: int) -> list[str]:
+    """What is said of zeros, where a step is for them."""
+    own = [row for row in rows if row.zeros is not None]
+    if not own:
+        return []
+    zeros, count = sum(row.zeros or 0 for row in own), sum(row.parameters for row in own)
+    return [
+        f"{100 * zeros / count:.2f} % of the {count:,} weights that were selected for it are zero, "
+        f"{100 * zeros / parameters:.2f} % of all parameters"
+    ]
 
 
 def finished(job: Job, facts: Mapping[str, Any]) -> Report:

@@ -19,7 +19,7 @@ Shapes: N coordinates, K kept ones, H heads of D coordinates each, O outputs, I 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,7 @@ def rebase(
             continue
         old = tensors[weight.name]
         new = old
-        for dim, axis, reads in _axes(weight):
+        for dim, axis, reads in axes(weight):
             if any(part.space in bases for part in axis.parts):
                 new = _along(graph, weight, new, dim, axis, bases, reads)
         if new is not old:
@@ -339,12 +339,38 @@ def _checked(space: str, basis: Basis, sizes: tuple[int, ...]) -> Basis:
     return basis
 
 
-def _axes(weight: Weight) -> tuple[tuple[int, Axis, bool], ...]:
+def axes(weight: Weight) -> tuple[tuple[int, Axis, bool], ...]:
     """Stored dimension, what it covers, and whether it is read (not written)."""
     if weight.kind in ("norm", "bias"):
         return ((0, weight.writes, False),)
     reads = 0 if weight.transposed or weight.kind == "lookup" else 1
     return ((reads, weight.reads, True), (1 - reads, weight.writes, False))
+
+
+def stored_axes(weight: Weight) -> tuple[Axis, ...]:
+    """What each stored dimension covers."""
+    return tuple(axis for _, axis, _ in sorted(axes(weight), key=lambda each: each[0]))
+
+
+def selected(graph: Graph, weight: Weight, tensor: Tensor, index: Mapping[str, Index], heads: int) -> Tensor:
+    """A stored tensor with these coordinates of these spaces: a cut, which may change what the model computes.
+
+    heads: how many there are afterwards, for axes that are interleaved head by head.
+    """
+    for dim, axis, reads in axes(weight):
+        if any(part.space in index for part in axis.parts):
+            tensor = _along(graph, weight, tensor, dim, axis, index, reads, heads)
+    return tensor.contiguous()
+
+
+def coordinates_first(
+    graph: Graph, weight: Weight, tensor: Tensor, dim: int, axis: Axis
+) -> Iterator[tuple[str, Tensor]]:
+    """Each space along an axis of a tensor, and its share of it: (N, M), its coordinates first, in order."""
+    _, apart = _apart(graph, weight, tensor, dim, axis)
+    for part, piece in zip(axis.parts, apart, strict=True):
+        first = piece.flatten(dim, dim + 1).movedim(dim, 0)
+        yield part.space, first.reshape(len(first), -1)
 
 
 def _along(
@@ -355,8 +381,23 @@ def _along(
     axis: Axis,
     bases: Mapping[str, Basis],
     reads: bool,
+    heads_after: int | None = None,
 ) -> Tensor:
-    """The tensor with one of its axes in the new bases."""
+    """The tensor with one of its axes in the new bases; heads_after: of one interleaved by head, if they change."""
+    heads, apart = _apart(graph, weight, tensor, dim, axis)
+    pieces = [
+        _split(
+            _piece(graph, weight, p.flatten(dim, dim + 1), dim, part.act, bases.get(part.space), reads),
+            dim,
+            heads_after if heads_after is not None and axis.by_head else heads,
+        )
+        for p, part in zip(apart, axis.parts, strict=True)
+    ]
+    return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
+
+
+def _apart(graph: Graph, weight: Weight, tensor: Tensor, dim: int, axis: Axis) -> tuple[int, tuple[Tensor, ...]]:
+    """How many runs an axis has, and each space's share of the tensor: dimension `dim` as (runs, size)."""
     sizes = [graph.size(s) for s in axis.spaces]
     if len(sizes) == 1:
         sizes = [tensor.shape[dim]]
@@ -364,16 +405,7 @@ def _along(
     if len(known) < len(sizes):
         raise UsageError(f"{weight.name}: config.json does not give the sizes of {'+'.join(axis.spaces)}")
     heads = graph.sizes["heads"] if axis.by_head else 1
-    apart = torch.split(_split(tensor, dim, heads), [n // heads for n in known], dim + 1)
-    pieces = [
-        _split(
-            _piece(graph, weight, p.flatten(dim, dim + 1), dim, part.act, bases.get(part.space), reads),
-            dim,
-            heads,
-        )
-        for p, part in zip(apart, axis.parts, strict=True)
-    ]
-    return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
+    return heads, torch.split(_split(tensor, dim, heads), [n // heads for n in known], dim + 1)
 
 
 def _split(tensor: Tensor, dim: int, runs: int) -> Tensor:

@@ -7,15 +7,16 @@ runs, so that each step after it reads a folder, as it would the source.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tersely.checkpoint import Checkpoint, TensorSpec, open_checkpoint
+from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.graph import Graph, read_graph
 from tersely.measure import Statistics
 from tersely.plan.assignment import spaces
@@ -24,39 +25,22 @@ from tersely.rebase import Basis, Diagonal, Orthogonal, fold_norms, rebase
 from tersely.writer import Writer
 
 
-@dataclass(frozen=True)
-class Untied:
-    """A checkpoint whose head is tied to the embedding, as if the head were stored as well."""
-
-    checkpoint: Checkpoint
-    embedding: str
-    head: str
-    path: Path = field(init=False)
-    config: dict[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", self.checkpoint.path)
-        object.__setattr__(self, "config", {**self.checkpoint.config, "tie_word_embeddings": False})
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.checkpoint
-        yield self.head
-
-    def spec(self, name: str) -> TensorSpec:
-        if name == self.head:
-            return replace(self.checkpoint.spec(self.embedding), name=name)
-        return self.checkpoint.spec(name)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint[self.embedding if name == self.head else name]
-
-
-def planned(checkpoint: Checkpoint, graph: Graph, changes: Sequence[Change]) -> Untied | Checkpoint:
-    """The checkpoint as its shapes will be: with a head of its own where the residual stream changes."""
-    if not graph.tied or all(graph.coordinates[s] != "residual" for change in changes for s in spaces(change, graph)):
+def untied(checkpoint: Checkpoint, graph: Graph) -> Checkpoint:
+    """The checkpoint with a head of its own, where its head is the embedding: as if that were stored twice."""
+    if not graph.tied:
         return checkpoint
     table = next(w for w in graph.weights if w.role == "embedding" and w.reads.spaces == ("tokens",))
-    return Untied(checkpoint, table.name, f"{graph.family.heads[0]}.weight")
+    head = f"{graph.family.heads[0]}.weight"
+    specs = {name: checkpoint.spec(name) for name in checkpoint} | {
+        head: replace(checkpoint.spec(table.name), name=head)
+    }
+    return checkpoint.with_headers({**checkpoint.config, "tie_word_embeddings": False}, specs)
+
+
+def planned(checkpoint: Checkpoint, graph: Graph, changes: Sequence[Change]) -> Checkpoint:
+    """The checkpoint as its shapes will be: with a head of its own where the residual stream changes."""
+    wide = any(graph.coordinates[s] == "residual" for change in changes for s in spaces(change, graph))
+    return untied(checkpoint, graph) if wide else checkpoint
 
 
 def rotate(
@@ -65,10 +49,15 @@ def rotate(
     """Write the checkpoint in other bases to `folder`, unit by unit; one that lies there whole is taken as it is."""
     if resume and folder.is_dir():
         return open_checkpoint(folder)
-    graph = read_graph(checkpoint)
-    source = planned(checkpoint, graph, changes)
+    source = planned(checkpoint, read_graph(checkpoint), changes)
+    return turned(source, _chosen(changes, read_graph(source), seed), folder, facts, resume)
+
+
+def turned(
+    source: Checkpoint, bases: Sequence[tuple[str, Basis]], folder: Path, facts: Mapping[str, Any], resume: bool
+) -> Checkpoint:
+    """Write a checkpoint, its head not the embedding if the residual stream changes, with these bases of its spaces."""
     graph = read_graph(source)
-    bases = _chosen(changes, graph, seed)
     writer = Writer(folder, facts, resume=resume)
     try:
         units = ["outside", *(f"block-{n:05d}" for n in range(len(graph.units)))]
@@ -76,9 +65,9 @@ def rotate(
             if not writer.done(name):
                 tensors = _rebased(graph, source, bases, unit)
                 if not unit:
-                    tensors |= {extra: checkpoint[extra] for extra in graph.extra}
+                    tensors |= {extra: source[extra] for extra in graph.extra}
                 writer.put(name, {n: t.contiguous() for n, t in tensors.items()}, {})
-        companions = {name: checkpoint.path / name for name in checkpoint.companions}
+        companions = {name: source.path / name for name in source.companions}
         config = (json.dumps(source.config, indent=2, ensure_ascii=False) + "\n").encode()
         writer.finish(units, {**companions, "config.json": config})
     finally:
@@ -95,15 +84,16 @@ def _chosen(changes: Sequence[Change], graph: Graph, seed: int) -> list[tuple[st
     return bases
 
 
-def _rebased(
-    graph: Graph, source: Untied | Checkpoint, bases: Sequence[tuple[str, Basis]], unit: str
-) -> dict[str, Tensor]:
+def _rebased(graph: Graph, source: Checkpoint, bases: Sequence[tuple[str, Basis]], unit: str) -> dict[str, Tensor]:
     """The tensors of one unit after all changes."""
     own = {w.name: source[w.name] for w in graph.unit(unit)}
     for space, basis in bases:
         wide = graph.coordinates[space] == "residual"
         if wide and isinstance(basis, Orthogonal):
-            own |= fold_norms(graph, own, space, only=own)
+            # A norm outside the blocks may be read in them (what an encoder gives).
+            outside = {w.name for w in graph.unit("")}
+            folded = fold_norms(graph, ChainMap(own, cast("dict[str, Tensor]", source)), space, only={*own, *outside})
+            own |= {name: tensor for name, tensor in folded.items() if name in own}
         if wide:
             own |= rebase(graph, own, space, basis, only=own)
         elif unit:

@@ -1,4 +1,4 @@
-"""Tuning what is encoded, the model as a whole: the engine's side of distill and pv."""
+"""Tuning what is encoded, the model as a whole: the engine's side of distill, pv and maskllm."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def tune_whole(
         found = tune_model(network, job.graph, own, job.data.ids, method, vectors=vectors, seed=seed, progress=say)
         encoded |= found.best.encoded
         vectors |= {name: value.cpu() for name, value in found.best.vectors.items()}
+        measure = "KL from the source" if method.loss == "parent" else "loss"
         notes.append(
-            f"{method.name}: KL from the source on held-out calibration text {found.before:.4g} before, "
+            f"{method.name}: {measure} on held-out calibration text {found.before:.4g} before, "
             f"{found.after:.4g} nats a token after"
         )
     return encoded, vectors, "; ".join(notes)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tersely.calibrated import running
-from tersely.encoding import Result, Source, encode, encode_free, require_finite
+from tersely.calibrated import encoded_tables, running
+from tersely.encoding import Result, Source, encode, encode_free, require_finite, stored_bytes
 from tersely.export import compressed_tensors
 from tersely.job import Job
 from tersely.manifest import fp8_cache
@@ -61,8 +61,8 @@ def files_of(job: Job) -> dict[str, list[str]]:
         groups[f"blocks-{len(groups) - 1:05d}"].append(unit)
         room -= sum(
             w.spec.nbytes
-            if job.format == "dense" or w.name not in job.steps
-            else job.steps[w.name].scheme(w.rows, w.columns).nbytes(w.rows, w.columns, w.spec.dtype)
+            if w.name not in job.steps
+            else stored_bytes(w, job.steps[w.name].scheme(w.rows, w.columns), job.format)
             for w in job.graph.unit(unit)
         )
     return groups
@@ -73,7 +73,7 @@ def encoded_free(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Encode a unit of which no activations are measured."""
     known = measured or {}
-    weights = [w for w in job.graph.unit(unit) if w.name in job.steps]
+    weights = [w for w in job.graph.unit(unit) if w.name in job.steps and w.kind == "linear"]
     source = Source(job.checkpoint)
     results = {
         w.name: encode_free(source, w, job.steps[w.name], job.format, job.device)
@@ -83,6 +83,8 @@ def encoded_free(
     measured_ones = [w for w in weights if w.name in known]
     for weight, _, own in encode(source, measured_ones, job.steps, {}, job.format, job.device, known):
         results[weight.name] = own
+    if not unit:
+        results |= {weight.name: own for weight, _, own in encoded_tables(job, source)}
     return unit_of(job, source, unit, results)
 
 
@@ -103,7 +105,11 @@ def unit_of(
         outcome[weight.name] = sorted(stored)
     encoded = [w for w in job.graph.unit(unit) if w.name in results]
     rows = [vars(results[w.name].row) for w in encoded]
-    entries = {w.name: Entry(results[w.name].scheme, w.rows, w.columns, w.spec.dtype, w.transposed) for w in encoded}
+    entries = {
+        w.name: Entry(results[w.name].scheme, w.rows, w.columns, w.spec.dtype, w.transposed)
+        for w in encoded
+        if job.format != "compressed-tensors" or not results[w.name].scheme.unquantized
+    }
     return tensors, {"rows": rows, "groups": groups_to_plain(entries), "outcome": outcome}
 
 

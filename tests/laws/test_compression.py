@@ -114,7 +114,7 @@ def test_a_measured_job_loads_as_the_model_that_it_had_in_memory(
         checkpoint: Checkpoint, graph: Graph, batches: tuple[MicroBatch, ...], **settings: Any
     ) -> Iterator[Stop]:
         data.extend(batches)
-        return stream(checkpoint, graph, batches, logits=logits, **settings)
+        return stream(checkpoint, graph, batches, logits=logits.append, **settings)
 
     monkeypatch.setattr("tersely.calibrated.stream", watched)
     path = source(model_type)

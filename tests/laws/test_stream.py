@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tersely.errors import CheckpointError
 from tersely.graph import Graph, read_graph
 from tersely.measure import Statistics
 from tersely.methods.encode.rtn import RTN
-from tersely.stream import SURVEY, Stop, Value, stream
+from tersely.stream import SURVEY, Measured, Stop, Value, stream
 from tests.plain import arguments, logits_of, write_changed
 from tests.tiny import FAMILIES, load, tiny
 
@@ -64,9 +64,11 @@ def run(
     source: Source,
     *,
     measured: Mapping[str, Sequence[str]] | None = None,
+    surveyed: Mapping[str, Measured] | None = None,
+    recorded: Collection[str] = (),
     suspend: bool | None = None,
     dtype: torch.dtype = torch.float32,
-    logits: list[Tensor] | None = None,
+    logits: Callable[[Tensor], None] | None = None,
     data: tuple[MicroBatch, ...] | None = None,
 ) -> Iterator[Stop]:
     checkpoint, graph = source
@@ -75,6 +77,8 @@ def run(
         graph,
         batches(graph) if data is None else data,
         measured={unit: dict.fromkeys(stages, GRAM) for unit, stages in (measured or {}).items()},
+        surveyed=surveyed,
+        recorded=recorded,
         replaced=lambda _: {},
         dtype=dtype,
         device=CPU,
@@ -83,7 +87,7 @@ def run(
     )
 
 
-def survey(graph: Graph) -> dict[str, dict[str, frozenset[str]]]:
+def survey(graph: Graph) -> dict[str, Measured]:
     return {unit: dict.fromkeys(graph.stages(unit), frozenset({"gram", "absmax"})) for unit in graph.units}
 
 
@@ -133,27 +137,16 @@ def test_a_survey_sees_what_enters_the_layers_of_a_block_and_changes_nothing(
 ) -> None:
     checkpoint, graph = source(model_type)
     plain: list[Tensor] = []
-    list(run((checkpoint, graph), logits=plain))
+    list(run((checkpoint, graph), logits=plain.append))
     logits: list[Tensor] = []
     seen: dict[tuple[str, str], Tensor] = {}
-    for stop in stream(
-        checkpoint,
-        graph,
-        data := batches(graph),
-        measured={},
-        surveyed=survey(graph),
-        replaced=lambda _: {},
-        dtype=torch.float32,
-        device=CPU,
-        suspend=not graph.has_experts,
-        logits=logits,
-    ):
+    for stop in run((checkpoint, graph), surveyed=survey(graph), logits=logits.append):
         if stop.stage == SURVEY:
             for name, statistics in stop.statistics.items():
                 assert statistics.absmax_I is not None
                 seen[stop.unit, name] = statistics.absmax_I
     assert all(torch.equal(one, other) for one, other in zip(plain, logits, strict=True))
-    expected = hooked(checkpoint.path, graph, data)
+    expected = hooked(checkpoint.path, graph, batches(graph))
     for place, tokens in expected.items():
         torch.testing.assert_close(seen[place], tokens.abs().amax(0))
 
@@ -169,7 +162,9 @@ def test_paged_logits_are_those_of_the_plain_forward(
     logits: list[Tensor] = []
     # Measuring must not touch the result either.
     measured = everything(graph)
-    stops = [(s.unit, s.stage) for s in run(source(model_type), measured=measured, suspend=suspend, logits=logits)]
+    stops = [
+        (s.unit, s.stage) for s in run(source(model_type), measured=measured, suspend=suspend, logits=logits.append)
+    ]
     expected = logits_of(checkpoint.path, batches(graph), one_by_one=graph.has_experts)
     assert len(logits) == len(expected) > 1
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, expected, strict=True))
@@ -185,7 +180,7 @@ def test_a_bfloat16_checkpoint_runs_bit_equal_in_its_own_precision(model_type: s
     checkpoint = open_checkpoint(tiny(model_type, tmp_path, dtype=torch.bfloat16))
     graph = read_graph(checkpoint)
     logits: list[Tensor] = []
-    for _ in run((checkpoint, graph), logits=logits, dtype=torch.bfloat16):
+    for _ in run((checkpoint, graph), logits=logits.append, dtype=torch.bfloat16):
         pass
     expected = logits_of(tmp_path, batches(graph), one_by_one=graph.has_experts)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, expected, strict=True))
@@ -201,7 +196,7 @@ def test_suspended_and_repeated_runs_give_equal_statistics_and_results(
     def outcome(suspend: bool) -> tuple[dict[tuple[str, str, str], Statistics], list[Tensor]]:
         logits: list[Tensor] = []
         statistics = {}
-        for stop in run(source(model_type), measured=everything(graph), suspend=suspend, logits=logits):
+        for stop in run(source(model_type), measured=everything(graph), suspend=suspend, logits=logits.append):
             if stop.stage is not None and stop.unit:
                 rounded(source(model_type), stop)
             for name, measured in stop.statistics.items():
@@ -239,7 +234,7 @@ def test_replaced_weights_are_what_the_rest_of_the_model_sees(
     checkpoint, graph = source(model_type)
     tensors, logits = dict(checkpoint), list[Tensor]()
     measured = {unit: graph.stages(unit) for unit in graph.units}
-    for stop in run(source(model_type), measured=measured, logits=logits):
+    for stop in run(source(model_type), measured=measured, logits=logits.append):
         tensors |= rounded(source(model_type), stop) if stop.stage is not None else {}
     write_changed(checkpoint.path, tmp_path, tensors)
     expected, before = logits_of(tmp_path, batches(graph)), logits_of(checkpoint.path, batches(graph))
@@ -271,20 +266,9 @@ def test_what_a_block_should_give_is_what_it_gives_in_the_source_whatever_was_re
     checkpoint, graph = source(model_type)
     data = batches(graph)
     expected = outputs(checkpoint.path, graph, data)
-    logits: list[Tensor] = []
     tuned = 0
-    for stop in stream(
-        checkpoint,
-        graph,
-        data,
-        measured={unit: dict.fromkeys(graph.stages(unit), GRAM) for unit in graph.units},
-        recorded=graph.units,
-        replaced=lambda _: {},
-        dtype=torch.float32,
-        device=CPU,
-        suspend=not graph.has_experts,
-        logits=logits,
-    ):
+    measured = {unit: graph.stages(unit) for unit in graph.units}
+    for stop in run((checkpoint, graph), measured=measured, recorded=graph.units):
         if stop.recorded is not None:
             tuned += 1
             assert len(stop.recorded.inputs) == len(stop.recorded.targets) == len(data)

@@ -74,6 +74,19 @@ class Checkpoint(Mapping[str, Tensor]):
     def __hash__(self) -> int:
         return id(self)
 
+    def with_headers(self, config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> Checkpoint:
+        """Another config and other headers over the same files: of a checkpoint that is yet to be written, say, of
+        which nothing but these may be asked."""
+        return Checkpoint(
+            path=self.path,
+            source=self.source,
+            config=config,
+            specs=specs,
+            weight_files=self.weight_files,
+            companions=self.companions,
+            left_behind=self.left_behind,
+        )
+
     @property
     def parameters(self) -> int:
         """Elements of all tensors."""

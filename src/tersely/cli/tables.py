@@ -32,10 +32,16 @@ def families(options: argparse.Namespace) -> None:
 
 
 def methods(options: argparse.Namespace) -> None:
-    from tersely.methods import METHODS, REBASES, TUNES
+    from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TUNES, Method
     from tersely.plan.reading import method_fields
     from tersely.report.terminal import table
 
+    stages: tuple[tuple[str, tuple[type[Method], ...]], ...] = (
+        ("shape", (*CUTS, *DROPS, *SPLITS)),
+        ("basis", REBASES),
+        ("encode", METHODS),
+        ("tune", TUNES),
+    )
     rows = [
         (
             m.name,
@@ -43,7 +49,7 @@ def methods(options: argparse.Namespace) -> None:
             " ".join((m.__doc__ or "").split("\n")[0].split()),
             ", ".join(f"{name}={getattr(m, name)!r}" for name in method_fields(m)),
         )
-        for stage, methods in (("basis", REBASES), ("encode", METHODS), ("tune", TUNES))
+        for stage, methods in stages
         for m in methods
     ]
     headers = ("method", "stage", "what it does", "settings")

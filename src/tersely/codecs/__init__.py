@@ -20,8 +20,10 @@ from torch import Tensor
 
 from tersely.codecs.affine import AffineForm
 from tersely.codecs.binary import BinaryForm
+from tersely.codecs.bitmask import BitmaskForm
 from tersely.codecs.codebook import LookupForm, NormalFloatForm
 from tersely.codecs.columns import ColumnsForm
+from tersely.codecs.dense import DenseForm
 from tersely.codecs.floats import FP8Form, MXFP4Form, NVFP4Form
 from tersely.codecs.integer import IntegerForm, Integers
 from tersely.codecs.low_rank import LowRankForm
@@ -104,6 +106,8 @@ FORMS: tuple[type[Form], ...] = (
     PlanesForm,
     TernaryForm,
     VectorForm,
+    DenseForm,
+    BitmaskForm,
 )
 
 
@@ -132,6 +136,16 @@ class Scheme:
     """Name of the quantizer of its inputs (ACTIVATIONS), or "" for none."""
     hadamard: int = 0
     """Its inputs are multiplied by a normalised Hadamard matrix of this order, block by block; 0: they are not."""
+
+    @property
+    def unquantized(self) -> bool:
+        """Whether its values have the weight's own dtype."""
+        return all(isinstance(form, DenseForm | BitmaskForm) for form in self.parts)
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether an ordinary tensor says all of it."""
+        return self.unquantized and not self.activations and not self.hadamard
 
     def nbytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         return sum(form.nbytes(rows, columns, dtype) for form in self.parts)

@@ -13,7 +13,7 @@ block's largest value. Every such value is one of float16 and of bfloat16 too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -87,6 +87,22 @@ class LowRank:
     def split(self, rows: list[int]) -> list[LowRank]:
         """Cut along the outputs; each piece keeps the whole of a."""
         return [LowRank(self.a_RI, b_OR, self.form) for b_OR in torch.split(self.b_OR, rows)]
+
+
+def is_product(forms: Sequence[object]) -> bool:
+    """Whether a weight of these forms is a low-rank part alone, so that it runs as two products."""
+    return len(forms) == 1 and isinstance(forms[0], LowRankForm) and not forms[0].full_inputs
+
+
+def factors_of(parts: Sequence[object]) -> tuple[Tensor, Tensor] | None:
+    """a (R, I) and b (O, R) of a weight that is a low-rank part alone; else None."""
+    first = parts[0]
+    return (first.a_RI, first.b_OR) if isinstance(first, LowRank) and is_product([first.form, *parts[1:]]) else None
+
+
+def look_up(ids: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    """Rows `ids` of b @ a, (..., I), which is not formed."""
+    return torch.nn.functional.linear(b_OR[ids], a_RI.t())
 
 
 def check_low_rank(rank: int, factors: str, inputs: str) -> None:

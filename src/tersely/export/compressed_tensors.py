@@ -29,6 +29,9 @@ from tersely.graph import Graph, Weight
 
 def check(graph: Graph, schemes: Mapping[str, Scheme]) -> None:
     """UsageError where the format cannot say this, or transformers cannot load it."""
+    schemes = {name: scheme for name, scheme in schemes.items() if not scheme.ordinary}
+    if not schemes:
+        raise UsageError("no weight is quantized, which is what compressed-tensors is for; use --format dense")
     for name, scheme in schemes.items():
         weight = graph.weight(name)
         if not _sayable(scheme):

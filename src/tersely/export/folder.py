@@ -70,7 +70,8 @@ def _entries(stored: Stored, to: Target) -> dict[str, Entry]:
     if to == "hf":
         return {}
     if to == "compressed-tensors":
-        return {name: replace(entry, scheme=layout(entry.scheme)) for name, entry in stored.entries.items()}
+        entries = {name: entry for name, entry in stored.entries.items() if not entry.scheme.ordinary}
+        return {name: replace(entry, scheme=layout(entry.scheme)) for name, entry in entries.items()}
     kept = {}
     for name, entry in stored.entries.items():
         forms = tuple(form for form in entry.scheme.parts if not isinstance(form, LowRankForm))
@@ -79,6 +80,11 @@ def _entries(stored: Stored, to: Target) -> dict[str, Entry]:
             raise UsageError(
                 f"{name}: its low-rank part multiplies rounded inputs, and PEFT multiplies them as they come; compress "
                 'with inputs = "full", or leave activations out'
+            )
+        if not forms:
+            raise UsageError(
+                f"{name} is two factors and nothing else, and an adapter is added to a checkpoint that holds the rest "
+                "of a weight; use --to hf, which writes the product, or the folder as it is"
             )
         kept[name] = replace(entry, scheme=layout(replace(entry.scheme, parts=forms)))
     if all(len(kept[name].scheme.parts) == len(entry.scheme.parts) for name, entry in stored.entries.items()):

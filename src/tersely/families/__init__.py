@@ -27,9 +27,12 @@ in the block = stored paths; `{e}` stacks over experts, `a + b` concatenates row
 `prefix` (a prefix that checkpoints may leave out), `linear_layout`, `norm` ("rms" or "layer"), `norm_offset`
 (the norm multiplies by offset + weight), `tied` (what the config means when it does not say), `ignored`
 (stored tensors that nothing reads: carried over as they are), `decoded` (transformers has to decode
-compressed layers while it loads: modules of the model set up the weights of their children), `beyond` (how
-many blocks may follow the last one that the model runs), `when` (config values for which this table holds,
-not the plain one).
+compressed layers while it loads: modules of the model set up the weights of their children), `beyond` (how many
+blocks may follow the last one that the model runs), `when` (config values for which this table holds, not the
+plain one), `embedding_power` and `tied_head_power` (embeddings, and what goes into a head that is the
+embedding, are multiplied by the size of the residual stream to this power), `numbered_blocks` (config keys that
+list numbers of blocks), `every_block` (config keys that say at which blocks something comes again; 1 is at
+each), `split` (of a mixture: models whose blocks are its own but for their dense MLP).
 
 No other module knows a family. An unknown one is an error, never "treated as Llama".
 """
@@ -74,6 +77,17 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """Models without experts that become a mixture when their MLPs are split."""
+
+    model_types: tuple[str, ...]
+    requires: Mapping[str, Any]
+    """What the mixture takes for granted: key of their config = value."""
+    config: Mapping[str, Any]
+    """What the mixture's config says beside theirs; "{experts}", "{top_k}" and "{width}" stand for numbers."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One table of `families/`, inheritance resolved."""
 
@@ -94,6 +108,11 @@ class Family:
     tied: bool = False
     ignored: tuple[str, ...] = ()
     decoded: bool = False
+    embedding_power: float = 0.0
+    tied_head_power: float = 0.0
+    numbered_blocks: tuple[str, ...] = ()
+    every_block: tuple[str, ...] = ()
+    split: Dense | None = None
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -136,6 +155,12 @@ class Rows:
     """"" and the block lists, in table order."""
     by_words: Mapping[str, tuple[Row, ...]]
     """Rows by their path with all numbers struck out, so that a name is tried against a few rows only."""
+
+
+def mixtures() -> Mapping[str, tuple[str, Dense]]:
+    """Every model type whose MLPs can be split into experts: the mixture that it becomes, and how."""
+    made = ((f.model_types[0], f.split) for f in _tables() if f.split is not None)
+    return {dense: (mixture, split) for mixture, split in made for dense in split.model_types}
 
 
 def choose_family(model_type: str, config: Mapping[str, Any], where: str) -> Family:
@@ -269,6 +294,10 @@ def rows_of(name: str) -> Rows:
     return Rows(tuple(rows), tuple(stacks), {words: tuple(group) for words, group in by_words.items()})
 
 
+def _dense(table: Mapping[str, Any]) -> Dense:
+    return Dense(tuple(table["model_types"]), table["requires"], table["config"])
+
+
 @cache
 def _tables() -> tuple[Family, ...]:
     folder = resources.files("tersely") / "families"
@@ -313,6 +342,11 @@ def _tables() -> tuple[Family, ...]:
             tied=bool(t.get("tied", False)),
             ignored=tuple(t.get("ignored", ())),
             decoded=bool(t.get("decoded", False)),
+            embedding_power=float(t.get("embedding_power", 0)),
+            tied_head_power=float(t.get("tied_head_power", 0)),
+            numbered_blocks=tuple(t.get("numbered_blocks", ())),
+            every_block=tuple(t.get("every_block", ())),
+            split=_dense(raw[name]["split"]) if "split" in raw[name] else None,
         )
         for name in raw
         for t in (merged(name),)

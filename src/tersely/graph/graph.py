@@ -74,7 +74,7 @@ class Graph:
         return pieces_of(weights, self.family.memory.get(f"{weights[0].stack}.{{i}}" if unit and weights else "", {}))
 
     def select(self, where: str) -> tuple[Weight, ...]:
-        """Linear weights that a `where` pattern selects; the patterns are explained in docs/recipes.md.
+        """Weights that a `where` pattern selects; the patterns are explained in docs/recipes.md.
 
         `|` joins alternatives, white space narrows, `!` negates. A term is `linear` (all linear weights of
         the blocks but routers), `attention`, `mlp`, `experts`, `router`, `head`, `blocks N` or
@@ -83,7 +83,8 @@ class Graph:
 
         Routers and whatever lies outside the blocks (the head above all) are seldom meant. They are selected
         only by a term that can mean nothing else: `router`, `head`, or a glob that matches no other weight
-        (`mlp.gate`, `lm_head`); so `mlp.*` and `!attention` leave the router of a mixture out.
+        (`mlp.gate`, `lm_head`); so `mlp.*` and `!attention` leave the router of a mixture out. The table of
+        embeddings is no linear weight; it is selected by the alternative `embedding` alone.
 
         Raises UsageError where a term matches nothing in the model, or an alternative selects nothing.
         """

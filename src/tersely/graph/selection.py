@@ -16,12 +16,16 @@ _ROLES = {"attention": "attention", "mlp": "mlp", "experts": "expert", "router":
 def select(where: str, weights: Sequence[Weight], units: Sequence[str], tied: bool) -> tuple[Weight, ...]:
     """What `Graph.select` gives. units: the blocks, in order; tied: there is no stored head."""
     linear = {w.name: w for w in weights if w.kind == "linear"}
+    tables = {w.name for w in weights if w.kind == "lookup" and w.role == "embedding" and w.reads.spaces == ("tokens",)}
     seldom = {w.name for w in linear.values() if w.block is None or w.role == "router"}
     chosen: set[str] = set()
     for alternative in where.split("|"):
         terms = re.findall(r"!?blocks\s+\S+|\S+", alternative)
         if not terms:
             raise UsageError(f"where = {where!r} has an empty alternative; write `linear` for all weights")
+        if terms == ["embedding"] and tables:
+            chosen |= tables
+            continue
         narrowed = set(linear)
         meant = set(linear) - seldom
         for term in terms:
@@ -38,7 +42,7 @@ def select(where: str, weights: Sequence[Weight], units: Sequence[str], tied: bo
                 f"exclude one another); paths are {_paths(linear.values())}"
             )
         chosen |= narrowed
-    return tuple(w for name, w in linear.items() if name in chosen)
+    return tuple(w for w in weights if w.name in chosen)
 
 
 def _matching(

@@ -5,6 +5,7 @@ Shapes: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +15,11 @@ MEASURES = {
     "gram": "sum over tokens of x x^T",
     "absmax": "largest |x| of each input",
     "absmean": "mean |x| of each input",
+    "mean": "mean of each input",
+    "square": "mean square of each input",
+    "activity": "sum over sequences of (mean over tokens of |x|)^2, of each input",
+    "inputs": "x of every token itself",
+    "routed": "of an expert: mean over all tokens of the size of what it adds, its router's weight included",
     "fisher": "mean over sequences of the squared gradient of the loss by each weight",
 }
 """What a method can ask the engine to measure."""
@@ -38,17 +44,40 @@ class Statistics:
     """Largest |x| of each input, float32."""
     abssum_I: Tensor | None = None
     """Sum over tokens of |x|, float32."""
+    sum_I: Tensor | None = None
+    """Sum over tokens of x, float32."""
+    squares_I: Tensor | None = None
+    """Sum over tokens of x^2, float32."""
+    activity_I: Tensor | None = None
+    """Sum over sequences of the squared mean of |x|, float32; what reaches an expert counts as one sequence for each
+    micro-batch."""
+    inputs: list[Tensor] = field(default_factory=list)
+    """x of the tokens of each sequence, (T, I), as they came."""
+    routed: float = 0.0
+    """Sum over tokens of the norm of what the expert adds."""
+    reads_O: Tensor | None = None
+    """Of a table: how often each of its rows was looked up, float32."""
     fisher_OI: Tensor | None = None
     """Of the weight itself: mean over sequences of the squared gradient of the loss, float32."""
+    kept_OI: Tensor | None = None
+    """Of the weight itself, bool: where it may differ from zero; None: everywhere."""
+
+    @property
+    def mean_I(self) -> Tensor | None:
+        """Mean over tokens of x, float32."""
+        return None if self.sum_I is None or not self.tokens else self.sum_I / self.tokens
 
     @property
     def absmean_I(self) -> Tensor | None:
         """Mean over tokens of |x|, float32."""
         return None if self.abssum_I is None or not self.tokens else self.abssum_I / self.tokens
 
-    def add(self, x_TI: Tensor) -> None:
-        """Add the tokens of one micro-batch, (T, I), any float dtype."""
+    def add(self, x_TI: Tensor, lengths: Sequence[int] | None = None) -> None:
+        """Add the tokens of one micro-batch, (T, I), any float dtype; lengths: of its sequences, one after another
+        (None: all are one)."""
         self.tokens += x_TI.shape[0]
+        if "inputs" in self.needs:
+            self.inputs += torch.split(x_TI, list(lengths or [len(x_TI)]))
         x = x_TI.float()
         if "gram" in self.needs:
             self._add_gram(x)
@@ -60,6 +89,15 @@ class Statistics:
             if "absmean" in self.needs:
                 total = size.sum(0)
                 self.abssum_I = total if self.abssum_I is None else self.abssum_I + total
+        if x.shape[0] and "mean" in self.needs:
+            self.sum_I = x.sum(0) if self.sum_I is None else self.sum_I + x.sum(0)
+        if x.shape[0] and "square" in self.needs:
+            squares = x.square().sum(0)
+            self.squares_I = squares if self.squares_I is None else self.squares_I + squares
+        if x.shape[0] and "activity" in self.needs:
+            each = torch.stack([own.abs().mean(0) for own in torch.split(x, list(lengths or [len(x)])) if len(own)])
+            activity = each.square().sum(0)
+            self.activity_I = activity if self.activity_I is None else self.activity_I + activity
 
     def _add_gram(self, x_TI: Tensor) -> None:
         if self.gram_II is None:
@@ -77,6 +115,9 @@ class Statistics:
             gram_II=None if self.gram_II is None else self.gram_II * scale_I * scale_I[:, None],
             absmax_I=None if self.absmax_I is None else self.absmax_I * size,
             abssum_I=None if self.abssum_I is None else self.abssum_I * size,
+            sum_I=None if self.sum_I is None else self.sum_I * scale_I,
+            squares_I=None if self.squares_I is None else self.squares_I * size.square(),
+            activity_I=None if self.activity_I is None else self.activity_I * size.square(),
         )
 
     def finish(self) -> Statistics:

@@ -27,6 +27,16 @@ class Work:
     """Bytes beyond the weight in float32 with two copies and its codes."""
 
 
+def sum_work(*each: Work) -> Work:
+    """Of one after the other."""
+    return Work(
+        flops=sum(w.flops for w in each),
+        passes=sum(w.passes for w in each),
+        loops=sum(w.loops for w in each),
+        memory=max(w.memory for w in each),
+    )
+
+
 class Encode(Protocol):
     """Store a weight in fewer bits. A frozen dataclass whose fields are its hyper-parameters.
 
@@ -44,6 +54,11 @@ class Encode(Protocol):
     def row_wise(self) -> bool:
         """Whether the outputs (rows) of a weight are independent of one another, so that the engine may stack weights
         that share their inputs and statistics, and take a weight a few rows at a time where nothing is measured."""
+        ...
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether it decodes to exactly zero wherever `stats.kept_OI` does not hold and the weight is zero."""
         ...
 
     def check(self, columns: int) -> None:

@@ -12,8 +12,9 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,7 @@ import torch
 
 from tersely.errors import ResourceError, UsageError
 from tersely.graph import Graph, Weight
-from tersely.methods import TuneModel
+from tersely.methods import TuneModel, Work
 from tersely.methods.tune import rounding_work, tuning_work
 from tersely.plan.recipe import Step, Tuning
 
@@ -30,6 +31,9 @@ SUSPEND_BYTES = 512 << 20
 _MICRO_BYTES = 16 << 20
 _LIBRARIES = 280 << 20
 _LIBRARIES_MEASURED = 520 << 20
+_KERNEL_BYTES = 700 << 10
+_EXPERT_TOKENS = 320
+"""Different numbers of tokens that reach an expert: seldom more."""
 _IMPORT_SECONDS = (1.5, 4.5)
 _DISK_RATE = 600e6
 
@@ -75,6 +79,16 @@ def suspended_bytes(graph: Graph, tokens: int, dtype: torch.dtype) -> int:
     return tokens * (4 * graph.sizes["residual"] + inner) * dtype.itemsize
 
 
+def streamed(graph: Graph, columns: int, tokens: int, dtype: torch.dtype) -> int:
+    """Memory of a paged forward over so many tokens: a block, hidden states, what waits inside a block, and a Gram
+    matrix of `columns` inputs with a copy (0: none)."""
+    block = max(sum(_numel(w) for w in graph.unit(unit)) for unit in graph.units) * dtype.itemsize
+    hidden = 2 * tokens * graph.sizes["residual"] * dtype.itemsize
+    suspended = suspended_bytes(graph, tokens, dtype)
+    held = suspended if suspended <= SUSPEND_BYTES and not graph.has_experts else 0
+    return block + hidden + max(held, 8 * _MICRO_BYTES) + 8 * columns * columns
+
+
 def estimate(
     graph: Graph,
     steps: Mapping[str, Step],
@@ -82,6 +96,7 @@ def estimate(
     sequences: Sequence[int],
     tunings: Sequence[Tuning],
     gradients: int,
+    shapes: Sequence[Work],
     output: int,
     between: int,
     out: Path,
@@ -91,7 +106,8 @@ def estimate(
     """Expected peak and duration of a job.
 
     sequences: tokens of each sequence of calibration text. gradients: memory that measuring those of the loss needs;
-    0: they are not measured. output: bytes of the finished weights; between: of folders that only a later step reads.
+    0: they are not measured. shapes: what steps that leave a smaller shape cost. output: bytes of the finished weights;
+    between: of folders that only a later step reads.
     """
     tokens = sum(sequences)
     blocks = [graph.unit(u) for u in graph.units]
@@ -103,7 +119,7 @@ def estimate(
         for s in graph.stages(u)
     ]
     encoded = max((_stage_bytes(ws) for ws in stages if ws), default=0)
-    work = {n: step.method.work(graph.weight(n).rows, graph.weight(n).columns) for n, step in steps.items()}
+    work = {n: step.work(graph.weight(n).rows, graph.weight(n).columns) for n, step in steps.items()}
     passes = sum(_numel(graph.weight(n)) * w.passes for n, w in work.items())
     flops = sum(w.flops for w in work.values())
     encoded += max((w.memory for w in work.values()), default=0)
@@ -113,18 +129,15 @@ def estimate(
     if tokens:
         measured = [w for w in graph.weights if w.name in steps and "gram" in steps[w.name].needs]
         columns = max((w.columns for w in measured), default=0)
-        hidden = 2 * tokens * graph.sizes["residual"] * dtype.itemsize
-        suspended = suspended_bytes(graph, tokens, dtype)
-        held = suspended if suspended <= SUSPEND_BYTES and not graph.has_experts else 0
-        inside = 8 * _MICRO_BYTES
-        experts = _expert_grams(graph, steps)
-        grams = max(4 * columns * columns * 2, experts)
-        working = max(numel.values()) * dtype.itemsize + hidden + max(held, inside) + grams + encoded
+        held = suspended_bytes(graph, tokens, dtype) <= SUSPEND_BYTES and not graph.has_experts
+        experts = max(_expert_grams(graph, steps) - 8 * columns * columns, 0)
+        working = streamed(graph, columns, tokens, dtype) + experts + encoded
         working = max(working, gradients)
         if gradients:
             seconds += 8 * tokens * sum(numel.values()) / _flops_per_second(device)
         lookup = tokens * graph.sizes["residual"] * 8
-        memory = _LIBRARIES_MEASURED + max(working, lookup, copied)
+        kernels = _expert_kernels(graph, _largest(graph, sequences, dtype), dtype, device)
+        memory = _LIBRARIES_MEASURED + kernels + max(working, lookup, copied)
         on_device = working if device.type != "cpu" else 0
         forward = sum(2 * tokens * n for n in numel.values()) * (1.1 if held else 2.3)
         gram_flops = sum(
@@ -142,9 +155,15 @@ def estimate(
             if isinstance(tuning.method, TuneModel):
                 needed = tuning_work(graph, own, tuning.method, context=max(sequences), texts=len(sequences))
             else:
-                needed = rounding_work(own, tuning.method, context=tokens // len(sequences))
+                micro = _largest(graph, sequences, dtype, tuning.method.batch)
+                needed = rounding_work(graph, own, tuning.method, sequences=sequences, micro=micro, dtype=dtype)
+                # Kernels for two products more on the way back; what measuring used is not given back before.
+                needed = replace(needed, memory=working + needed.memory + 3 * kernels)
             memory = max(memory, _LIBRARIES_MEASURED + needed.memory)
             seconds += 2 * needed.flops / _flops_per_second(device)
+    for shape in shapes:
+        memory = max(memory, _LIBRARIES_MEASURED + shape.memory)
+        seconds += 1.4 * shape.flops / _flops_per_second(device, dtype)
     # Units lie beside the folder that is put together from them until it is whole.
     disk = 2 * output + between
     return Cost(memory, disk, seconds, psutil.virtual_memory().available, _free(out), output, on_device)
@@ -194,7 +213,7 @@ def _stacks(graph: Graph, steps: Mapping[str, Step]) -> list[list[Weight]]:
     together: dict[tuple[str, ...], list[Weight]] = {}
     for name, step in steps.items():
         weight = graph.weight(name)
-        shares = step.method.row_wise and step.needs
+        shares = step.row_wise and step.needs
         together.setdefault((weight.unit, weight.statistics, repr(step), "" if shares else name), []).append(weight)
     return list(together.values())
 
@@ -208,6 +227,26 @@ def _expert_grams(graph: Graph, steps: Mapping[str, Step]) -> int:
                 per_stage.setdefault(w.stage, {})[w.statistics] = 4 * w.columns * w.columns
         largest = max([largest, *(sum(s.values()) + max(s.values()) for s in per_stage.values())])
     return largest
+
+
+def _largest(graph: Graph, sequences: Sequence[int], dtype: torch.dtype, most: int | None = None) -> int:
+    """Tokens of the largest micro-batch, of at most so many sequences; with experts, all of one length."""
+    limit, longest = micro_batch_tokens(graph, dtype), max(sequences)
+    limit = limit if most is None else min(limit, most * longest)
+    if not graph.has_experts:
+        return max(longest, min(limit, sum(sequences)))
+    return max(length * max(1, min(count, limit // length)) for length, count in Counter(sequences).items())
+
+
+def _expert_kernels(graph: Graph, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Memory of what multiplies experts' weights by their inputs, in micro-batches of so many tokens.
+
+    For 16 bits on CPUs, PyTorch's library makes a kernel for every number of tokens, and keeps it.
+    """
+    if device.type != "cpu" or dtype.itemsize != 2:
+        return 0
+    stages = {w.stage for w in graph.weights if w.expert is not None}
+    return len(stages) * min(tokens, _EXPERT_TOKENS) * _KERNEL_BYTES
 
 
 def _flops_per_second(device: torch.device, dtype: torch.dtype = torch.float32) -> float:

@@ -12,8 +12,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tersely.codecs.activations import ACTIVATIONS
 from tersely.errors import UsageError
-from tersely.methods import METHODS, REBASES, TUNES, Method
-from tersely.plan.recipe import INPUTS, Calibration, Change, Recipe, Step, Tuning
+from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TUNES, Method
+from tersely.plan.recipe import CUTS as CUT_SETTINGS
+from tersely.plan.recipe import DROPS as DROP_SETTINGS
+from tersely.plan.recipe import INPUTS, Calibration, Change, Cut, Drop, Recipe, Shape, Step, ToExperts, Tuning
 from tersely.runtime.policy import CachePolicy, policy_from_plain
 
 
@@ -103,33 +105,49 @@ def _cache(raw: Mapping[str, Any], source: str) -> CachePolicy | None:
         raise UsageError(f"{source}, [cache]: {error}") from error
 
 
-def _step(raw: Mapping[str, Any], source: str) -> Step | Change | Tuning:
+def _step(raw: Mapping[str, Any], source: str) -> Shape | Change | Step | Tuning:
     for key in ("where", "method"):
         if not isinstance(raw.get(key), str):
             raise UsageError(f"{source} has no {key!r}: every step needs `where` and `method`")
     encodes, rebases, tunes = {m.name: m for m in METHODS}, {m.name: m for m in REBASES}, {m.name: m for m in TUNES}
-    methods: dict[str, type[Method]] = {**encodes, **rebases, **tunes}
+    cuts, drops, splits = {m.name: m for m in CUTS}, {m.name: m for m in DROPS}, {m.name: m for m in SPLITS}
+    methods: dict[str, type[Method]] = {**encodes, **rebases, **tunes, **cuts, **drops, **splits}
     if raw["method"] not in methods:
         near = difflib.get_close_matches(raw["method"], methods, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(f"{source}: no method named {raw['method']!r}; {hint}methods are {', '.join(methods)}")
     method = methods[raw["method"]]
     settings = {k: v for k, v in raw.items() if k not in ("where", "method")}
-    hints = {**method_fields(method), **(INPUTS if raw["method"] in encodes else {})}
+    beside = _beside(raw["method"])
+    hints = {**method_fields(method), **beside}
     _known(settings, tuple(hints), f"{source} ({method.name})")
     _typed(settings, hints, f"{source} ({method.name})")
     # 1 and 1.0 are one value: the recipe's hash must not tell them apart.
     values: dict[str, Any] = {k: float(v) if hints[k] is float else v for k, v in settings.items()}
+    own = {k: values.pop(k) for k in beside if k in values}
+    if raw["method"] in cuts:
+        return Cut(raw["where"], cuts[raw["method"]](**values), **own)
+    if raw["method"] in drops:
+        return Drop(raw["where"], drops[raw["method"]](**values), **own)
+    if raw["method"] in splits:
+        return ToExperts(raw["where"], splits[raw["method"]](**values))
     if raw["method"] in rebases:
         return Change(raw["where"], rebases[raw["method"]](**values))
     if raw["method"] in tunes:
         return Tuning(raw["where"], tunes[raw["method"]](**values))
-    quantizer, order = values.pop("activations", ""), values.pop("hadamard", 0)
-    average = values.pop("average_bits", 0.0)
+    quantizer = own.get("activations", "")
     if quantizer not in ("", *ACTIVATIONS):
         near = difflib.get_close_matches(quantizer, ACTIVATIONS, n=2) or list(ACTIVATIONS)
         raise UsageError(f"{source}: activations = {quantizer!r}; expected {' or '.join(near)}")
-    return Step(raw["where"], encodes[raw["method"]](**values), quantizer, order, float(average))
+    return Step(raw["where"], encodes[raw["method"]](**values), **own)
+
+
+def _beside(name: str) -> dict[str, Any]:
+    """Settings of a step beside its method's, by the method's name."""
+    for methods, settings in ((METHODS, INPUTS), (CUTS, CUT_SETTINGS), (DROPS, DROP_SETTINGS)):
+        if name in {method.name for method in methods}:
+            return dict(settings)
+    return {}
 
 
 def method_fields(method: type[Method]) -> dict[str, Any]:
@@ -176,8 +194,7 @@ def _override(raw: dict[str, Any], key: str, value: Any, text: str) -> None:
 
 def _settings(step: Mapping[str, Any]) -> set[str]:
     """What can be set in a step, as Recipe.to_dict gives it."""
-    inputs = INPUTS if step["method"] in {method.name for method in METHODS} else ()
-    return {*step, *inputs} - {"method"}
+    return {*step, *_beside(step["method"])} - {"method"}
 
 
 def _known(given: Mapping[str, Any], known: Sequence[str], source: str) -> None:

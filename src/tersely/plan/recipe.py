@@ -15,8 +15,10 @@
     bits   = 4
     group  = 128
 
-A weight that several steps select takes the last of them. Steps that choose another basis (smooth, awq, rotate) come
-first; their `where` names spaces: `residual`, `mlp`, or `normed` for all that lie behind a norm in a block. Nothing in
+Steps that cut a smaller shape come first of all; their `where` names what they cut: `neurons`, `heads`, `hidden`,
+`experts`, or `blocks`. A weight that several steps select takes the last of them; one that sets weights to zero before
+it is followed by it (`assignment`). Steps that choose another basis (smooth, awq, rotate) come before those that
+encode; their `where` names spaces: `residual`, `mlp`, or `normed` for all that lie behind a norm in a block. Nothing in
 a recipe is without effect: what has none is an error (`reading`; where only the model can tell, `assignment`).
 """
 
@@ -32,11 +34,17 @@ from typing import Any
 from tersely.codecs import Scheme
 from tersely.codecs.activations import ACTIVATIONS
 from tersely.errors import UsageError
-from tersely.methods import Encode, Rebase, TuneBlock, TuneModel
+from tersely.methods import METHODS, BlockChoice, Encode, Importance, Rebase, Split, TuneBlock, TuneModel, Work
+from tersely.methods.protocol import sum_work
 from tersely.runtime.policy import CachePolicy, policy_to_plain
 
-INPUTS = {"activations": str, "hadamard": int, "average_bits": float}
+INPUTS = {"activations": str, "hadamard": int, "average_bits": float, "keep_zeros": bool}
 """Settings of every step that encodes, whatever its method."""
+CUTS = {"ratio": float, "multiple": int, "refit": bool}
+"""Settings of every step that cuts width, whatever its method."""
+DROPS = {"ratio": float}
+"""Settings of every step that removes blocks, whatever its method."""
+_KERNELS = 8
 _LOSSES = frozenset({"text"})
 
 
@@ -68,12 +76,20 @@ class Step:
     average_bits: float = 0.0
     """Mean bits of the weights that the step selects: the method's `bits` are then chosen for each by its importance;
     0: all have the same."""
+    keep_zeros: bool = False
+    """What is zero in the source stays so."""
+    sparsity: Encode | None = None
+    """What sets weights to zero first, of an earlier step on the same weights (`assign`); the method keeps them."""
 
     def __post_init__(self) -> None:
         if self.average_bits and not hasattr(self.method, "bits"):
             raise UsageError(f"average_bits={self.average_bits}: {self.method.name} has no bits to choose")
         if self.average_bits and not 1 <= self.average_bits <= 8:
             raise UsageError(f"average_bits={self.average_bits}: expected 1 to 8, or 0 for the same bits everywhere")
+        if self.keep_zeros and not self.method.keeps_zeros:
+            raise UsageError(f"keep_zeros=true: {self.method.name} cannot keep weights at zero; {zero_keepers()} can")
+        if self.keep_zeros and self.hadamard:
+            raise UsageError(f"keep_zeros=true: hadamard={self.hadamard} mixes the inputs, which leaves no zeros")
 
     def with_bits(self, bits: int) -> Step:
         """The same step with other bits, for weights that were given these."""
@@ -84,12 +100,105 @@ class Step:
     def needs(self) -> frozenset[str]:
         """What must be measured on calibration text."""
         rounding = ACTIVATIONS[self.activations].needs if self.activations else frozenset()
-        return self.method.needs | rounding | (_LOSSES if self.average_bits else frozenset())
+        first = self.sparsity.needs if self.sparsity is not None else frozenset()
+        return first | self.method.needs | rounding | (_LOSSES if self.average_bits else frozenset())
+
+    @property
+    def name(self) -> str:
+        """Of its method, after the one that sets weights to zero first: "wanda + gptq"."""
+        return " + ".join(method.name for method in self._methods)
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether the outputs of a weight are independent of one another."""
+        return all(method.row_wise for method in self._methods)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether zeros of a weight are kept when it is encoded."""
+        return self.keep_zeros or self.sparsity is not None
+
+    def work(self, rows: int, columns: int) -> Work:
+        """What encoding a weight of this shape costs."""
+        return sum_work(*(method.work(rows, columns) for method in self._methods))
+
+    @property
+    def _methods(self) -> tuple[Encode, ...]:
+        return (self.method,) if self.sparsity is None else (self.sparsity, self.method)
 
     def scheme(self, rows: int, columns: int) -> Scheme:
         """How a weight of this shape will be stored, the largest where the method decides by the values."""
         step = self.with_bits(math.ceil(self.average_bits)) if self.average_bits else self
         return Scheme(tuple(step.method.forms(rows, columns)), self.activations, self.hadamard)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Width: structures that go, as many in every block. `where`: neurons, heads, hidden, experts, joined by |."""
+
+    where: str
+    method: Importance
+    ratio: float = 0.2
+    """Share of the structures that is removed."""
+    multiple: int = 32
+    """The neurons or hidden coordinates that are kept are a multiple of this."""
+    refit: bool = True
+    """Whether what reads a cut space makes up for it, by least squares on the calibration text."""
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+        if self.multiple < 1 or self.multiple % _KERNELS:
+            raise UsageError(
+                f"multiple={self.multiple}: expected a multiple of {_KERNELS}, which 16-bit kernels of GPUs take "
+                "(vLLM's for quantized weights take 64 or 128; llama.cpp's blocks are 32, of k-quants 256)"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be measured on calibration text."""
+        read = frozenset({"gram"}) if self.refit and self.where.strip() != "experts" else frozenset[str]()
+        return self.method.needs | read
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Depth: blocks that are removed. `where`: blocks, or blocks 4-12."""
+
+    where: str
+    method: BlockChoice
+    ratio: float = 0.2
+    """Share of the blocks that is removed, of each list of blocks."""
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be measured on calibration text."""
+        return frozenset({"text"})
+
+
+@dataclass(frozen=True)
+class ToExperts:
+    """A dense model's feed-forward split into experts. `where`: neurons."""
+
+    where: str
+    method: Split
+
+    def __post_init__(self) -> None:
+        if self.where.strip() != "neurons":
+            raise UsageError(
+                f"where = {self.where!r}: {self.method.name} splits the neurons of all blocks; write `neurons`"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be measured on calibration text."""
+        return frozenset({"text"})
+
+
+Shape = Cut | Drop | ToExperts
+"""A step that leaves another, smaller shape."""
 
 
 @dataclass(frozen=True)
@@ -127,23 +236,29 @@ class Tuning:
 class Recipe:
     """Steps in order; what they are calibrated on; the seed of every choice made by chance."""
 
-    steps: tuple[Step | Change | Tuning, ...]
+    steps: tuple[Shape | Change | Step | Tuning, ...]
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
     cache: CachePolicy | None = None
     """How keys and values of past tokens are kept when the model runs; None: as they come."""
 
     def __post_init__(self) -> None:
-        if not self.encodes:
-            raise UsageError("a recipe needs at least one step that encodes weights")
-        kinds = [(Change, Step, Tuning).index(type(step)) for step in self.steps]
+        if not self.encodes and not self.shapes:
+            raise UsageError("a recipe needs at least one step that encodes weights or cuts a smaller shape")
+        if not self.encodes and (self.changes or self.tunings):
+            raise UsageError("steps that change the basis, or tune, need one that encodes weights")
+        kinds = [next(n for n, kind in enumerate(_ORDER) if isinstance(step, kind)) for step in self.steps]
         if kinds != sorted(kinds):
             raise UsageError(
-                "steps that change the basis (smooth, awq, rotate ...) come before those that encode, and steps that "
-                "tune (distill, pv, signround) after them"
+                "steps come in this order: those that cut a smaller shape, those that change the basis (smooth, awq, "
+                "rotate ...), those that encode, and those that tune (distill, pv, signround, maskllm)"
             )
         if not self.needs and self.calibration != Calibration():
             raise UsageError("calibration has no effect: no step of this recipe measures anything; leave it out")
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return tuple(step for step in self.steps if isinstance(step, (Cut, Drop, ToExperts)))
 
     @property
     def changes(self) -> tuple[Change, ...]:
@@ -168,7 +283,7 @@ class Recipe:
             {
                 "where": s.where,
                 "method": s.method.name,
-                **({k: v for k in INPUTS if (v := getattr(s, k, None))}),
+                **_settings(s),
                 **dataclasses.asdict(s.method),  # type: ignore[arg-type]
             }
             for s in self.steps
@@ -192,6 +307,27 @@ class Recipe:
     def hash(self) -> str:
         """Names the recipe: the first 16 hex digits of the SHA-256 of its plain values."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def zero_keepers() -> str:
+    """The methods that can keep weights at zero."""
+    return ", ".join(method.name for method in METHODS if method().keeps_zeros)
+
+
+_ORDER = ((Cut, Drop, ToExperts), (Change,), (Step,), (Tuning,))
+
+
+def _settings(step: Shape | Change | Step | Tuning) -> dict[str, Any]:
+    """Of a step itself, its method's left out."""
+    if isinstance(step, Step):
+        return {k: v for k in INPUTS if (v := getattr(step, k))}
+    own = CUTS if isinstance(step, Cut) else DROPS if isinstance(step, Drop) else {}
+    return {k: getattr(step, k) for k in own}
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 < ratio < 1:
+        raise UsageError(f"ratio={ratio:g}: expected the share that is removed, above 0 and below 1 (0.2 is a fifth)")
 
 
 def _toml(value: Any) -> str:

@@ -61,8 +61,8 @@ def report_table(report: Report) -> RenderableType:
                 f"{100 * worst.error:.1f} %  {worst.name.removesuffix('.weight')}",
             )
         )
-    kept = report.bytes_before - sum(r.bytes_before for r in report.rows)
-    parameters = report.parameters - sum(r.parameters for r in report.rows)
+    kept = report.bytes_after - sum(r.bytes_after for r in report.rows)
+    parameters = report.parameters_after - sum(r.parameters for r in report.rows)
     if parameters:
         lines.append(
             (
@@ -82,7 +82,7 @@ def report_table(report: Report) -> RenderableType:
             "all",
             "",
             "",
-            _count(report.parameters),
+            _count(report.parameters_after),
             size(report.bytes_before),
             size(report.bytes_after),
             f"{report.bits:.2f}",
@@ -98,11 +98,28 @@ def report_table(report: Report) -> RenderableType:
         left=2,
     )
     parts: list[RenderableType] = [made]
+    if report.shapes:
+        parts = [shapes_table(report), Text(""), made]
     if report.notes:
         shown = report.notes[:10]
         more = [f"and {len(report.notes) - 10} more, in report.json"] if len(report.notes) > 10 else []
         parts.append(Text("\n" + "\n".join(f"note: {n}" for n in [*shown, *more])))
     return Group(*parts)
+
+
+def shapes_table(report: Report) -> RenderableType:
+    """What each step has cut, and how many parameters that leaves."""
+    lines = [
+        (
+            shape.where,
+            shape.method,
+            _count(shape.parameters_before),
+            _count(shape.parameters_after),
+            f"{100 * (1 - shape.parameters_after / shape.parameters_before):.1f} %",
+        )
+        for shape in report.shapes
+    ]
+    return table(("cut", "method", "parameters", "left", "fewer"), lines, left=2)
 
 
 def inspection(checkpoint: Checkpoint, graph: Graph) -> RenderableType:

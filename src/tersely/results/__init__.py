@@ -16,7 +16,7 @@ from tersely.results.evaluation import (
     TaskResult,
     TextResult,
 )
-from tersely.results.job import Report, Row
+from tersely.results.job import Report, Reshaping, Row
 from tersely.results.speed import Point, Speed
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Point",
     "Reliability",
     "Report",
+    "Reshaping",
     "Row",
     "Sample",
     "Setting",

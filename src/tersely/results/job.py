@@ -24,11 +24,27 @@ class Row:
     tokens: int
     """Calibration tokens that reached it; 0 for data-free methods."""
     note: str = ""
+    zeros: int | None = None
+    """Weights that are zero; None where no step is for this."""
 
     @property
     def bits(self) -> float:
         """Stored bits per weight, scales and zero points included."""
         return 8 * self.bytes_after / self.parameters
+
+
+@dataclass(frozen=True)
+class Reshaping:
+    """One step that left a smaller shape."""
+
+    where: str
+    method: str
+    parameters_before: int
+    parameters_after: int
+    scores: dict[str, list[float]]
+    """What was chosen by: place -> the score of each structure, larger for what matters more; may be empty."""
+    notes: list[str]
+    """What was cut, and what the user should know."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,10 @@ class Report:
     """Of all stored tensors of the source."""
     bytes_after: int
     parameters: int
+    """Of the source."""
     notes: tuple[str, ...] = ()
+    shapes: tuple[Reshaping, ...] = ()
+    """Steps that left a smaller shape, in order."""
     seconds: float = dataclasses.field(default=0.0, compare=False)
     """How long the job took; not written with the checkpoint."""
 
@@ -57,8 +76,13 @@ class Report:
 
     @property
     def bits(self) -> float:
-        """Stored bits per parameter of the whole model."""
-        return 8 * self.bytes_after / self.parameters
+        """Stored bits per parameter of the whole model as it is now."""
+        return 8 * self.bytes_after / self.parameters_after
+
+    @property
+    def parameters_after(self) -> int:
+        """Of the model as it is now."""
+        return self.shapes[-1].parameters_after if self.shapes else self.parameters
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without what varies from run to run."""
@@ -71,7 +95,8 @@ class Report:
     def from_dict(cls, plain: dict[str, Any], *, out: str) -> Report:
         """The inverse of `to_dict`. Raises KeyError, TypeError, AttributeError: not what it wrote."""
         rows = tuple(Row(**{k: v for k, v in row.items() if k != "bits"}) for row in plain["rows"])
-        return cls(**{**plain, "out": out, "rows": rows, "notes": tuple(plain["notes"])})
+        shapes = tuple(Reshaping(**shape) for shape in plain["shapes"])
+        return cls(**{**plain, "out": out, "rows": rows, "notes": tuple(plain["notes"]), "shapes": shapes})
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"

@@ -8,6 +8,7 @@ along which values share a grid, G groups of them.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -110,9 +111,9 @@ class _RoundedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = False
         self.tokens = 0
 
+    @abstractmethod
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every stored tensor, whose first axis are the sequences."""
-        raise NotImplementedError
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the sequences, as beam search does."""

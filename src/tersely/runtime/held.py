@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tersely.codecs import Encoded
 from tersely.codecs.entrance import Entrance
-from tersely.codecs.low_rank import LowRank
+from tersely.codecs.low_rank import LowRank, factors_of, is_product
 from tersely.hadamard import hadamard
 from tersely.stored import Entry
 
@@ -43,6 +43,13 @@ class Held:
     def multiplied(self) -> Tensor:
         """What its inputs multiply behind their entrance, as the model holds a weight."""
         return self._oriented(self._decoded())
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """a (R, I), and b as the model holds a weight of R inputs, where it is their product and nothing else."""
+        if not is_product(self.entry.scheme.parts) or (found := factors_of(self._encoded().parts)) is None:
+            return None
+        a_RI, b_OR = found
+        return a_RI, b_OR.t() if self.entry.transposed else b_OR
 
     def full(self) -> Tensor | None:
         """The share (O, I) that meets inputs before they are rounded."""
@@ -87,6 +94,11 @@ class Cell:
     def entrance(self) -> Entrance:
         return self.held.entrance if isinstance(self.held, Held) else Entrance()
 
+    @property
+    def is_product(self) -> bool:
+        """Whether it is two factors, and runs as two products."""
+        return isinstance(self.held, Held) and is_product(self.held.entry.scheme.parts)
+
     def leaves(self) -> tuple[Tensor, ...]:
         return tuple(self.held.leaves.values()) if isinstance(self.held, Held) else (self.held,)
 
@@ -95,6 +107,10 @@ class Cell:
 
     def value(self, dtype: torch.dtype) -> Tensor:
         return (self.held.value() if isinstance(self.held, Held) else self.held).to(dtype)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        found = self.held.factors() if isinstance(self.held, Held) else None
+        return None if found is None else (found[0].to(dtype), found[1].to(dtype))
 
     def full(self) -> Tensor | None:
         return self.held.full() if isinstance(self.held, Held) else None

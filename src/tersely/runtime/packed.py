@@ -5,7 +5,8 @@ module of a model is replaced. With inputs x that go through an entrance (Hadama
 
     y = x_hat W^T + (x - x_hat) F^T
 
-W being the sum of all parts, F of those that meet the inputs before they are rounded. This is what `compress` has in
+W being the sum of all parts, F of those that meet the inputs before they are rounded; a W that is two factors alone,
+W = B A, is never formed: y = (x_hat A^T) B^T. This is what `compress` has in
 memory, operation by operation, so the results are equal bit for bit. Nothing that is decoded is kept.
 
 Shapes: O outputs, I inputs, E experts (slots of a stacked parameter), ... leading axes.
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from tersely.codecs.entrance import Entrance
+from tersely.codecs.low_rank import look_up
 from tersely.runtime.held import Cell, Held
 
 _aten = torch.ops.aten
@@ -34,10 +36,10 @@ Slots = tuple[tuple[Cell, ...], ...]
 class Packed(Tensor):
     """A parameter, (O, I) or (I, O) or stacked (E, O, I), that holds stored tensors.
 
-    Products (linear, addmm, matmul) are those of the compressed model; slots `w[i]`, slices that end where cells do
-    and transposes are packed too; `copy_` exchanges what is held. For all else it is the dense tensor that it stands
-    for, decoded for the moment. RuntimeError: another product (or a view of another kind, which may
-    lead to one) of a weight whose inputs go through something, and changes in place that would be lost.
+    Products (linear, addmm, matmul) and lookups are those of the compressed model; slots `w[i]`, slices that end where
+    cells do and transposes are packed too; `copy_` exchanges what is held. For all else it is the dense tensor that it
+    stands for, decoded for the moment. RuntimeError: another product (or a view of another kind, which may lead to one)
+    of a weight whose inputs go through something, and changes in place that would be lost.
     """
 
     slots: Slots
@@ -100,12 +102,15 @@ class Packed(Tensor):
             return product(x, self.dense(), bias)
         entrance, *others = [cell.entrance for cell in cells]
         rows = [cell.shape[0 if _inputs_last(cells) else 1] for cell in cells]
-        if any(not _same(entrance, other) for other in others):
+        if any(not _same(entrance, other) for other in others) or (others and any(cell.is_product for cell in cells)):
             # Cells of one slot lie along the outputs.
             each = [self._like(slots=((cell,),)) for cell in cells]
             own = [None] * len(each) if bias is None else torch.split(bias, rows, dim=-1)
             return torch.cat([p.times(x, product, inputs, b) for p, b in zip(each, own, strict=True)], dim=-1)
         x = entrance.transformed(x)
+        if (factors := cells[0].factors(self.dtype)) is not None:
+            a_RI, held = factors
+            return product(torch.nn.functional.linear(entrance.rounded(x), a_RI), self._viewed(held), bias)
         weight = self._viewed(_joined([cell.multiplied(self.dtype) for cell in cells]))
         if not entrance.activations:
             return product(x, weight, bias)
@@ -223,6 +228,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return weight.times(x, torch.nn.functional.linear, -1, bias)
 
 
+def _embedding(ids: Tensor, weight: Tensor, *how: Any, **named: Any) -> Tensor:
+    if isinstance(weight, Packed) and len(weight.cells) == 1:
+        _require_plain(weight)
+        if (factors := weight.cells[0].factors(weight.dtype)) is not None:
+            return look_up(ids, *factors)
+    return torch.nn.functional.embedding(ids, _dense(weight), *how, **named)
+
+
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if not isinstance(weight, Packed):
         raise RuntimeError("a packed weight cannot be the inputs or the bias of a layer")
@@ -294,6 +307,7 @@ def _to(packed: Packed, *, dtype: torch.dtype | None = None, device: Any = None,
 
 _FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     torch.nn.functional.linear: _linear,
+    torch.nn.functional.embedding: _embedding,
     torch.addmm: _addmm,
     torch.matmul: _matmul,
     torch.mm: _matmul,

@@ -104,13 +104,18 @@ class TerselyQuantizer(HfQuantizer):
             device = place.owner.get_buffer(_BUFFER + place.leaf).device
             delattr(place.owner, _BUFFER + place.leaf)
             packed = Packed(_slots(place, self._stored, device), place.dtype, stacked=place.pieces[0].index is not None)
-            del place.owner.__dict__[place.leaf]
+            meta = place.owner.__dict__.pop(place.leaf)
             if packed.shape != place.shape:
                 raise CheckpointError(
                     f"{self._stored.path}: {place.pieces[0].weight.name} and what is stacked with it has shape "
                     f"{list(packed.shape)}, but the model built from config.json expects {list(place.shape)}"
                 )
-            place.owner.register_parameter(place.leaf, nn.Parameter(packed, requires_grad=False))
+            parameter = nn.Parameter(packed, requires_grad=False)
+            place.owner.register_parameter(place.leaf, parameter)
+            for module in model.modules():
+                for leaf, tied in module._parameters.items():
+                    if tied is meta:
+                        module._parameters[leaf] = parameter
         self._places, self._stored = [], None
         return model
 

@@ -45,8 +45,10 @@ def stream(
     suspend: bool,
     surveyed: Mapping[str, Measured] | None = None,
     transformed: Callable[[Weight, Tensor], Tensor] | None = None,
+    tables: Mapping[str, Value] | None = None,
     recorded: Collection[str] = (),
-    logits: list[Tensor] | None = None,
+    skipped: Sequence[frozenset[str]] | None = None,
+    logits: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Stop]:
     """Run all micro-batches through the model, block by block.
 
@@ -55,15 +57,18 @@ def stream(
     stop at the stage SURVEY. `recorded`: blocks that may be tuned when all their weights are replaced: a stop at the
     stage TUNE, with what comes in and what should come out. `transformed`: what the inputs of a weight always go
     through; statistics are of what has gone through it. `replaced`: called when a block is paged in: stored name ->
-    what to use instead of the stored tensor. `suspend`: wait inside the blocks (not with experts, whose statistics are
-    complete only at the end of a block), or repeat them. `logits`: a list that receives the logits of each
-    micro-batch; without it the run ends behind the last block (or the head's statistics).
+    what to use instead of the stored tensor. `tables`: the same of embeddings that are two factors. `suspend`: wait
+    inside the blocks (not with experts, whose statistics are complete only at the end of a block), or repeat them.
+    `skipped`: of each micro-batch, blocks that it passes by. `logits`: what receives the logits of each micro-batch in
+    turn; without it the run ends behind the last block (or the head's statistics).
 
     Yields a Stop before each measured stage and behind each block. CheckpointError where the model has a
     parameter that the checkpoint does not give.
     """
     paged = Paged(checkpoint, graph, measured, surveyed or {}, recorded, transformed, dtype, device, suspend)
-    flows = [Flow(batch, paged.run) for batch in batches]
+    paged.watch.tables = tables or {}
+    passed_by = skipped or [frozenset[str]()] * len(batches)
+    flows = [Flow(batch, paged.run, own) for batch, own in zip(batches, passed_by, strict=True)]
     try:
         for unit in graph.units:
             paged.meet(flows, unit, "enter")
@@ -85,7 +90,9 @@ def stream(
                 paged.meet(flows, unit, TUNE)
                 yield Stop(unit, TUNE, {}, paged.replace, paged.record(unit, flows))
             paged.meet(flows, unit, "exit")
-            yield Stop(unit, None, {}, paged.replace)
+            yield Stop(unit, None, {}, paged.replace, passed=[flow.passed for flow in flows if flow.passed])
+            for flow in flows:
+                flow.passed = None
             paged.page_out(unit)
         for stage in measured.get("", ()):
             paged.meet(flows, "", stage)
@@ -94,7 +101,7 @@ def stream(
             paged.watch.with_head = True
             for flow in flows:
                 paged.advance(flow)
-                logits.append(flow.result.logits)
+                logits(flow.result.logits)
                 flow.result = None
     finally:
         with paged.watch:

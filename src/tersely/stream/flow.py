@@ -28,12 +28,14 @@ class Flow:
     each have their own, which made small jobs up to three times slower.
     """
 
-    def __init__(self, batch: MicroBatch, run: Callable[[MicroBatch], Any]) -> None:
-        self.batch = batch
+    def __init__(self, batch: MicroBatch, run: Callable[[MicroBatch], Any], skipped: frozenset[str]) -> None:
+        self.batch, self.skipped = batch, skipped
         self.result: Any = None
         self.watched: Watched | None = None
         self.arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
         self.target: Tensor | None = None
+        self.passed: tuple[Tensor, Tensor] | None = None
+        """What came to the block that ran last, and what it gave."""
         self.here: Tensor | None = None
         """What the last block gave, as the model runs now."""
         self.parent: Tensor | None = None

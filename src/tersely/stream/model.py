@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def build(checkpoint: Checkpoint, graph: Graph, dtype: torch.dtype, device: torc
     """transformers' own model of the checkpoint: parameters on the meta device, buffers real."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    config = transformers.AutoConfig.for_model(**deepcopy(checkpoint.config))
     auto = getattr(transformers, f"AutoModelFor{graph.family.auto_class}")
     with torch.device("meta"):
         # Experts one by one: the stacked forms hide which tokens each of them sees.

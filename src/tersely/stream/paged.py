@@ -52,8 +52,11 @@ class Paged:
         self.places: dict[str, tuple[Tensor, int | None, int]] = {}
         self.block_bytes = max(sum(w.spec.nbytes for w in graph.unit(unit)) for unit in graph.units)
         self._load_outside()
+        self.own: dict[str, Callable[..., Any]] = {}
+        """What blocks do by themselves."""
         for unit in graph.units:
             block = self.model.get_submodule(unit)
+            self.own[unit] = block.forward
             block.forward = self._forward(unit, block)
 
     def run(self, batch: MicroBatch) -> Any:
@@ -166,7 +169,7 @@ class Paged:
         self._keep(weight, value)
 
     def _keep(self, weight: Weight, value: Value) -> None:
-        if value.rounded is not None:
+        if value.rounded is not None or value.factors is not None:
             self.watch.values[weight.name] = value
 
     def _trim(self) -> None:
@@ -217,6 +220,9 @@ class Paged:
             if flow is None:  # the block is asked, not the model
                 return own(*args, **kwargs)
             flow.pause(unit, "enter")
+            if unit in flow.skipped:
+                flow.pause(unit, "exit")
+                return _given(args, kwargs)
             if unit in self.followed:
                 flow.target = self._of_parent(flow, own, args, kwargs)
                 flow.pause(unit, PARENT)
@@ -244,6 +250,7 @@ class Paged:
                 flow.arguments = ((), {})
             if unit in self.followed:
                 flow.here, flow.parent, flow.target = _hidden(output), flow.target, None
+            flow.passed = _given(args, kwargs), _hidden(output)
             flow.pause(unit, "exit")
             return output
 
@@ -263,6 +270,13 @@ class Paged:
 
     def _awaited(self, unit: str, stage: str) -> frozenset[str]:
         return frozenset(w.statistics for w in self.graph.unit(unit) if w.kind == "linear" and w.stage == stage)
+
+
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that come to a block."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 def _hidden(output: Any) -> Tensor:

@@ -33,6 +33,8 @@ class Stop:
     """Put another tensor into the running model."""
     recorded: Recorded | None = None
     """At the stage TUNE."""
+    passed: Sequence[tuple[Tensor, Tensor]] = ()
+    """Behind a block: what came to it and what it gave, of each micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,5 @@ class Value:
     """What its inputs, (..., I), are rounded to."""
     full: Tensor | None = None
     """A share of it that meets the inputs before they are rounded."""
+    factors: tuple[Tensor, Tensor] | None = None
+    """a (R, I) and b (O, R) where it is b @ a and runs as two products."""

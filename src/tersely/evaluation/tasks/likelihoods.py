@@ -81,25 +81,27 @@ class Likelihoods:
         return [((), loose), *shared]
 
     def _sharing(self) -> bool:
-        """Whether the model goes on from a cache that was copied as it goes on from the tokens: tried, not believed."""
         if self.shares is None:
-            draw = torch.Generator().manual_seed(0)
-            ids_BL = torch.randint(0, self.words, (2, 12), generator=draw)
-            ids_BL[1, :8] = ids_BL[0, :8]
-            ids_BL = ids_BL.to(self.model.device)
-            try:
-                with torch.inference_mode():
-                    whole_BKV = self.model.network(input_ids=ids_BL, use_cache=False).logits[:, 8:].float()
-                    past = self._network(ids_BL[:1, :8], use_cache=True, keep=1).past_key_values
-                    own = copy.deepcopy(past)
-                    own.batch_repeat_interleave(2)
-                    parts_BKV = self._network(ids_BL[:, 8:], past_key_values=own, use_cache=True, keep=4).logits.float()
-                near = 1e-4 if self.model.network.dtype == torch.float32 else 0.1
-                scale = float(whole_BKV.abs().max().clamp(min=1e-6))
-                self.shares = bool(((whole_BKV - parts_BKV[:, -4:]).abs().max() <= near * scale).item())
-            except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError, IndexError):
-                self.shares = False  # a model with a state of another kind
+            self.shares = self._goes_on()
         return self.shares
+
+    @torch.inference_mode()
+    def _goes_on(self) -> bool:
+        """Whether the model goes on from a cache that was copied as it goes on from the tokens: tried, not believed."""
+        draw = torch.Generator().manual_seed(0)
+        ids_BL = torch.randint(0, self.words, (2, 12), generator=draw)
+        ids_BL[1, :8] = ids_BL[0, :8]
+        ids_BL = ids_BL.to(self.model.device)
+        past: Any = getattr(self._network(ids_BL[:1, :8], use_cache=True, keep=1), "past_key_values", None)
+        if not _repeatable(past):
+            return False
+        own = copy.deepcopy(past)
+        own.batch_repeat_interleave(2)
+        whole_BKV = self._network(ids_BL, keep=4).logits[:, -4:].float()
+        parts_BKV = self._network(ids_BL[:, 8:], past_key_values=own, use_cache=True, keep=4).logits.float()
+        near = 1e-4 if self.model.network.dtype == torch.float32 else 0.1
+        scale = float(whole_BKV.abs().max().clamp(min=1e-6))
+        return bool((whole_BKV - parts_BKV).abs().max() <= near * scale)
 
     def begin(self, prefix: tuple[int, ...]) -> Any:
         """The model's cache behind these tokens."""
@@ -158,6 +160,16 @@ def batches(rows: list[Row], prefix: int, tokens: int) -> Iterator[list[Row]]:
     assert all(len(row.ids) > prefix for row in batch)
     if batch:
         yield batch
+
+
+def _repeatable(past: Any) -> bool:
+    """Whether a model's state is keys and values alone, which transformers can repeat for several texts."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+
+    return isinstance(past, DynamicCache) and all(
+        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in past.layers
+    )
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -101,8 +101,13 @@ def _plan(stored: Stored, graph: Graph, described: Described) -> list[_Planned]:
     return plan
 
 
+def _encoded(stored: Stored, weight: Weight) -> bool:
+    """Whether it is stored in fewer bits than its values have."""
+    return weight.name in stored.entries and not stored.entries[weight.name].scheme.ordinary
+
+
 def _choose(stored: Stored, weight: Weight) -> Choice:
-    if weight.name in stored.entries:
+    if _encoded(stored, weight):
         return choose(stored.entries[weight.name].scheme, weight.columns)
     dtype = stored.spec(weight.name).dtype
     if dtype not in DENSE:
@@ -121,7 +126,7 @@ def _read(stored: Stored, graph: Graph, described: Described, weights: Sequence[
 
 def _pack(stored: Stored, graph: Graph, described: Described, weight: Weight, kind: Type) -> Packed:
     order = _order(graph, described, weight)
-    if weight.name in stored.entries:
+    if _encoded(stored, weight):
         own = _choose(stored, weight)
         choice = own if own.type is kind else Choice(kind, False)
         return pack(stored.encoded(weight.name), stored.entries[weight.name].scheme, choice, order)

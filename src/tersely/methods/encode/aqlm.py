@@ -44,6 +44,7 @@ class AQLM:
     name: ClassVar[str] = "aqlm"
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     row_wise: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = False
 
     codebooks: int = 2
     bits: int = 8

@@ -44,6 +44,7 @@ class ASER:
     name: ClassVar[str] = "aser"
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "absmean"})
     row_wise: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = False
 
     bits: int = 4
     group: int = 0
@@ -170,7 +171,7 @@ def square_root(gram_II: Tensor, damping: float) -> tuple[Tensor, float] | None:
     """
     mean = float(gram_II.diagonal().double().mean())
     while True:
-        damped = gram_II.double()
+        damped = gram_II.to(torch.float64, copy=True)
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed and lower.isfinite().all():

@@ -38,6 +38,7 @@ class Bipolar:
     name: ClassVar[str] = "bipolar"
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     row_wise: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = False
 
     bits: int = 4
     group: int = 128

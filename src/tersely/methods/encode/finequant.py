@@ -36,6 +36,7 @@ class FineQuant:
     name: ClassVar[str] = "finequant"
     needs: ClassVar[frozenset[str]] = frozenset()
     row_wise: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = True
 
     bits: int = 4
     min_group: int = 64

@@ -68,20 +68,25 @@ def round_weight(
     scale, divisor = fit(importance)
     if factor is None:
         return Encoded((round_to_floats(weight_OI, scale, divisor, form),), note)
-    codes = _swept_codes(weight_OI, factor, form.steps(scale, divisor), form)
+    codes = _swept_codes(weight_OI, factor, form.steps(scale, divisor), form, stats.kept_OI)
     return Encoded((Floats(codes, scale, divisor, weight_OI.dtype, form),), note)
 
 
-def _swept_codes(weight_OI: Tensor, factor: Factor, steps_OG: Tensor, form: FloatForm) -> Tensor:
-    """Codes, (O, I) uint8, of a weight swept with these steps."""
+def _swept_codes(
+    weight_OI: Tensor, factor: Factor, steps_OG: Tensor, form: FloatForm, kept_OI: Tensor | None
+) -> Tensor:
+    """Codes, (O, I) uint8, of a weight swept with these steps; of zero where `kept_OI` does not hold."""
     rows, columns = weight_OI.shape
     group = columns // steps_OG.shape[1]
     codes_IO = torch.empty((columns, rows), dtype=torch.uint8, device=weight_OI.device)
     steps_GO = steps_OG.t().contiguous()
+    kept_IO = None if kept_OI is None else kept_OI.t().float().contiguous()
     element, precision = form.element, form.rounded(weight_OI.dtype)
 
     def rounded(column: int, target_O: Tensor) -> Tensor:
         step_O = steps_GO[column // group]
+        if kept_IO is not None:
+            target_O = target_O * kept_IO[column]
         codes_IO[column] = element.encode(target_O / step_O)
         value_O = element.decode(codes_IO[column]).mul_(step_O)
         return value_O.to(precision).to(weight_OI.dtype).float()

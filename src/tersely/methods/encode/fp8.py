@@ -27,6 +27,7 @@ class FP8:
     """
 
     name: ClassVar[str] = "fp8"
+    keeps_zeros: ClassVar[bool] = True
 
     scales: Scales = "channel"
     """What shares a scale: "tensor", "channel" (the inputs of an output) or "block" (128 x 128)."""

@@ -35,6 +35,7 @@ class GPTQ:
     name: ClassVar[str] = "gptq"
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     row_wise: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
 
     bits: int = 4
     group: int = 128
@@ -86,13 +87,25 @@ class GPTQ:
         for a in range(0, len(codes), step):
             rows = slice(a, a + step)
             codes[rows] = swept_codes(
-                weight_OI[rows].float(), factor, scale[rows], None if zero is None else zero[rows], self.bits
+                weight_OI[rows].float(),
+                factor,
+                scale[rows],
+                None if zero is None else zero[rows],
+                self.bits,
+                None if stats.kept_OI is None else stats.kept_OI[rows],
             )
         return Encoded((Integers(codes, scale, zero, form),), note)
 
 
-def swept_codes(weight_OI: Tensor, factor: Factor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int) -> Tensor:
-    """Codes, (O, I) uint8, of a float32 weight swept onto a grid."""
+def swept_codes(
+    weight_OI: Tensor,
+    factor: Factor,
+    scale_OG: Tensor,
+    zero_OG: Tensor | None,
+    bits: int,
+    kept_OI: Tensor | None = None,
+) -> Tensor:
+    """Codes, (O, I) uint8, of a float32 weight swept onto a grid; of zero where `kept_OI` does not hold."""
     rows, columns = weight_OI.shape
     group = columns // scale_OG.shape[1]
     top = float((1 << bits) - 1)
@@ -101,9 +114,12 @@ def swept_codes(weight_OI: Tensor, factor: Factor, scale_OG: Tensor, zero_OG: Te
     middle = torch.full((rows,), float(1 << (bits - 1)), device=weight_OI.device)
     zero_GO = None if zero_OG is None else zero_OG.t().float().contiguous()
     stored = scale_OG.dtype
+    kept_IO = None if kept_OI is None else kept_OI.t().float().contiguous()
 
     def rounded(column: int, target_O: Tensor) -> Tensor:
         scale_O = scale_GO[column // group]
+        if kept_IO is not None:
+            target_O = target_O * kept_IO[column]
         zero_O = middle if zero_GO is None else zero_GO[column // group]
         code_O = torch.div(target_O, scale_O).round_().add_(zero_O).clamp_(0.0, top)
         codes_IO[column] = code_O

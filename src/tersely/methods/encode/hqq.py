@@ -41,6 +41,7 @@ class HQQ:
     name: ClassVar[str] = "hqq"
     needs: ClassVar[frozenset[str]] = frozenset()
     row_wise: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = False
 
     bits: int = 4
     group: int = 64

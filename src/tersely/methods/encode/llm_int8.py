@@ -34,6 +34,7 @@ class LLMInt8:
     name: ClassVar[str] = "llm_int8"
     needs: ClassVar[frozenset[str]] = frozenset({"absmax"})
     row_wise: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
 
     threshold: float = 6.0
     """An input that ever reaches it is an outlier."""

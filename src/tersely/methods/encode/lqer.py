@@ -35,6 +35,7 @@ class LQER:
 
     name: ClassVar[str] = "lqer"
     row_wise: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = False
 
     bits: int = 4
     group: int = 128

@@ -27,6 +27,7 @@ class MXFP4:
 
     name: ClassVar[str] = "mxfp4"
     row_wise: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
 
     scale: Rule = "mse"
     """"floor": e = floor(log2 amax) - 2; "ceil": e = ceil(log2(amax / 6)); "mse": for each block the one of the two

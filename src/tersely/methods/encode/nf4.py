@@ -31,6 +31,7 @@ class NF4:
     name: ClassVar[str] = "nf4"
     needs: ClassVar[frozenset[str]] = frozenset()
     row_wise: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = True
 
     block: int = 64
     """Weights that share a magnitude."""

@@ -30,6 +30,7 @@ class NVFP4:
     name: ClassVar[str] = "nvfp4"
     # The outputs share d.
     row_wise: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = True
 
     scale: ScaleRule = "mse"
     """"mse": for each block the multiple of s, 0.7 to 1.5, that loses least (of the output, with

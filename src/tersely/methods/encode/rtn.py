@@ -26,6 +26,7 @@ class RTN:
     name: ClassVar[str] = "rtn"
     needs: ClassVar[frozenset[str]] = frozenset()
     row_wise: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
 
     bits: int = 4
     group: int = 128

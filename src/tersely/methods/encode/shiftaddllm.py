@@ -44,6 +44,7 @@ class ShiftAddLLM:
     name: ClassVar[str] = "shiftaddllm"
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     row_wise: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = False
 
     bits: int = 3
     """Binary matrices."""

@@ -17,6 +17,7 @@ from tersely.codecs.sparse import Sparse, SparseForm, check_density, sparse
 from tersely.errors import UsageError
 from tersely.measure import Statistics
 from tersely.methods.encode.clustering import distinct, exact, kmeans, order, start, stretches_for
+from tersely.methods.encode.masks import largest
 from tersely.methods.protocol import Work
 
 Fit = Literal["kmeans", "exact"]
@@ -47,6 +48,7 @@ class SqueezeLLM:
     name: ClassVar[str] = "squeezellm"
     needs: ClassVar[frozenset[str]] = frozenset({"fisher"})
     row_wise: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = False
 
     bits: int = 4
     sensitive: float = 0.0005
@@ -98,9 +100,9 @@ class SqueezeLLM:
         kept = torch.zeros(weight_OI.numel(), dtype=torch.bool, device=weight_OI.device)
         count = round(self._density * len(kept))
         if fisher_OI is not None:
-            kept = _largest(fisher_OI.flatten(), min(count, round(self.sensitive * len(kept))))
+            kept = largest(fisher_OI.flatten(), min(count, round(self.sensitive * len(kept))))
         size = weight_OI.flatten().abs().float().masked_fill_(kept, -1)
-        kept |= _largest(size, count - int(kept.sum()))
+        kept |= largest(size, count - int(kept.sum()))
         return kept.view(weight_OI.shape)
 
     def _fitted(self, weight_OI: Tensor, fisher_OI: Tensor | None, kept_OI: Tensor) -> Lookup:
@@ -123,16 +125,6 @@ class SqueezeLLM:
             few, own = distinct(ordered, clusters)
             table[a : a + step] = torch.where(few[:, None], own, fitted)
         return Lookup(nearest_labels(weight_OI, table), table, LookupForm(self.bits))
-
-
-def _largest(value_N: Tensor, count: int) -> Tensor:
-    """Where, (N,) bool, the largest are; of equal ones the first."""
-    if not count:
-        return torch.zeros(len(value_N), dtype=torch.bool, device=value_N.device)
-    cut = value_N.kthvalue(len(value_N) - count + 1).values
-    chosen = value_N > cut
-    chosen[(value_N == cut).nonzero()[: count - int(chosen.sum()), 0]] = True
-    return chosen
 
 
 def _kept_apart(dense: Lookup, weight_OI: Tensor, kept_OI: Tensor) -> tuple[Lookup, Sparse]:

@@ -63,27 +63,38 @@ def factorize(gram_II: Tensor, *, damping: float, act_order: bool) -> Factor | N
 
 
 def prepare(
-    stats: Statistics, *, damping: float, act_order: bool, minimum_tokens: float
+    stats: Statistics, *, damping: float, act_order: bool, minimum_tokens: float, otherwise: str = "rounded to nearest"
 ) -> tuple[Factor | None, Tensor | None, str]:
     """What a sweep needs, or None where it must not be made; the mean square of each input, where enough tokens say so;
-    and what the user should know of it."""
+    and what the user should know of it. otherwise: what is done without a sweep."""
     gram, columns = stats.gram_II, stats.columns
     if gram is None or stats.tokens < max(1, minimum_tokens * columns):
         few = f"{stats.tokens} calibration tokens for {columns} inputs, fewer than {minimum_tokens:g} per input"
-        return None, None, f"{few}: rounded to nearest"
+        return None, None, f"{few}: {otherwise}"
     importance_I = gram.diagonal() / stats.tokens
     factor = factorize(gram, damping=damping, act_order=act_order)
     if factor is None:
-        note = "the Gram matrix has no Cholesky factor with damping up to 1: rounded to nearest"
+        note = f"the Gram matrix has no Cholesky factor with damping up to 1: {otherwise}"
         return None, importance_I, note
     return factor, importance_I, "" if factor.damping == damping else f"damping raised to {factor.damping:g}"
 
 
-def sweep(weight_OI: Tensor, factor: Factor, rounded: Callable[[int, Tensor], Tensor]) -> None:
+def sweep(
+    weight_OI: Tensor,
+    factor: Factor,
+    rounded: Callable[[int, Tensor], Tensor],
+    *,
+    ahead: Callable[[list[int], Tensor, Tensor], None] | None = None,
+    stride: int = 0,
+) -> None:
     """Round every column of a float32 weight once, in the factor's order.
 
     rounded(column, target_O): round a column, whose index is that in the weight, to what is stored, keep the codes,
     and return their values (float32, (O,)).
+
+    ahead(columns, current_SO, size_S): called before the first of every `stride` columns in the order of the sweep.
+    current: what the S columns had best be, after the errors of all before them and none of their own, transposed.
+    size: R_kk of each, whose square is what an error in it costs if the columns behind it make up for it.
     """
     columns = weight_OI.shape[1]
     order = factor.order_I.tolist()
@@ -96,15 +107,32 @@ def sweep(weight_OI: Tensor, factor: Factor, rounded: Callable[[int, Tensor], Te
         part = factor.lower_II[columns - j1 : columns - j0, columns - k1 : columns - k0]
         return part.flip(0, 1).div_(diagonal[k0:k1]).t()
 
-    for a in range(0, columns, _BLOCK):
-        b = min(a + _BLOCK, columns)
+    def look_ahead(a: int, c: int, k: int, target_BO: Tensor, inside_BB: Tensor) -> None:
+        """Of a block from a whose targets know of the columns before c. With errors e of those before k, and none of
+        their own, d = e R_ek R_kk^-1 for the columns from k on, R_ek / diag(R_kk) being what targets are made with."""
+        assert ahead is not None
+        end = min(k + stride, a + len(target_BO))
+        own = slice(k - a, end - a)
+        passed_SO = target_BO[own] - weight_IO[k:end]
+        if k > c:
+            passed_SO.addmm_(inside_BB[own, c - a : k - a], error_IO[c:k])
+        current_SO = torch.linalg.solve_triangular(inside_BB[own, own], passed_SO, upper=False, unitriangular=True)
+        ahead(order[k:end], current_SO.add_(weight_IO[k:end]), diagonal[k:end])
+
+    outer, inner = _BLOCK, _INNER
+    if ahead is not None:
+        outer, inner = (_BLOCK // stride * stride, _INNER // stride * stride) if stride <= _INNER else (stride, _INNER)
+    for a in range(0, columns, outer):
+        b = min(a + outer, columns)
         target_BO = weight_IO[a:b].addmm(weights(0, a, a, b), error_IO[:a])
         inside_BB = weights(a, b, a, b)
-        for c in range(a, b, _INNER):
-            d = min(c + _INNER, b)
+        for c in range(a, b, inner):
+            d = min(c + inner, b)
             if c > a:
                 target_BO[c - a : d - a].addmm_(inside_BB[c - a : d - a, : c - a], error_IO[a:c])
             for k in range(c, d):
+                if ahead is not None and (k - a) % stride == 0:
+                    look_ahead(a, c, k, target_BO, inside_BB)
                 target_O = target_BO[k - a]
                 if k > c:
                     target_O = torch.addmv(target_O, error_IO[c:k].t(), inside_BB[k - a, c - a : k - a])

@@ -27,6 +27,7 @@ class TernaryRounding:
     name: ClassVar[str] = "ternary"
     needs: ClassVar[frozenset[str]] = frozenset()
     row_wise: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = True
 
     group: int = 0
     """Inputs that share a scale; 0: all inputs of an output; -1: the whole weight."""

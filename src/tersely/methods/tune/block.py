@@ -9,20 +9,50 @@ import torch
 from torch import Tensor
 
 from tersely.codecs import Encoded
-from tersely.graph import Weight
+from tersely.graph import Graph, Weight
 from tersely.methods.protocol import Work
 from tersely.methods.tune.descent import Descent, descend
 from tersely.methods.tune.protocol import Progress, TuneBlock
-from tersely.methods.tune.trainable import encoded as stored
-from tersely.methods.tune.trainable import trainable, weight
+from tersely.methods.tune.trainable import Parts
 
 T = TypeVar("T")
 
 
-def rounding_work(tuned: Sequence[Weight], settings: TuneBlock, *, context: int) -> Work:
-    """What `tune_block` costs in all blocks together: sequences of `context` tokens, forward, recomputed and back."""
+_RECORDED = 3
+"""Hidden states that are held of every token: what a block gets, here and in the source, and what it should give."""
+_COPIES = 12
+"""Float32 copies of a tuned weight in memory: itself, where its latents began, how far they moved, their gradients, its
+codes, those stored, those of the best, and what waits for the backward pass."""
+
+
+def rounding_work(
+    graph: Graph,
+    tuned: Sequence[Weight],
+    settings: TuneBlock,
+    *,
+    sequences: Sequence[int],
+    micro: int,
+    dtype: torch.dtype,
+) -> Work:
+    """What `tune_block` costs in all blocks together: sequences of so many tokens, forward, recomputed and back.
+
+    memory counts the largest block as it runs in `dtype`, the copies of what is tuned of it, its Gram matrices, what is
+    recorded of all sequences, and the activations of a micro-batch of `micro` tokens with gradients.
+    """
+    tokens, width = sum(sequences), dtype.itemsize
     parameters = sum(w.rows * w.columns for w in tuned)
-    return Work(flops=4.0 * parameters * context * settings.steps * settings.batch)
+    largest = 0
+    for unit in graph.units:
+        own = [w for w in tuned if w.unit == unit]
+        linear = [w for w in graph.unit(unit) if w.kind == "linear"]
+        block = width * sum(w.rows * w.columns for w in linear)
+        copies = 4 * _COPIES * sum(w.rows * w.columns for w in own)
+        grams = 4 * sum(columns**2 for columns in {w.statistics: w.columns for w in own}.values())
+        activations = 3 * width * micro * sum(w.rows + w.columns for w in linear)
+        largest = max(largest, block + copies + grams + activations if own else 0)
+    recorded = _RECORDED * tokens * graph.sizes["residual"] * width
+    flops = 4.0 * parameters * (tokens // len(sequences)) * settings.steps * settings.batch
+    return Work(flops=flops, memory=largest + recorded)
 
 
 def tune_block(
@@ -49,11 +79,11 @@ def tune_block(
     sizes = [target.square().mean().item() for target in targets]
     unit = sum(sizes) / len(sizes) or 1.0
     motion = settings.motion
-    views = {name: trainable(own, weights[name], motion.reach) for name, own in encoded.items()}
+    views = {name: Parts(own, weights[name], motion.reach) for name, own in encoded.items()}
     order = torch.Generator().manual_seed(seed)
 
     def error(sequence: int) -> Tensor:
-        output = forward({name: weight(own) for name, own in views.items()}, inputs[sequence])
+        output = forward({name: view.moving() for name, view in views.items()}, inputs[sequence])
         return (output.float() - targets[sequence].float()).square().mean()
 
     def backward(step: int) -> float:  # noqa: ARG001 (every step draws anew)
@@ -71,12 +101,12 @@ def tune_block(
 
     with torch.enable_grad():
         return descend(
-            [view for own in views.values() for view in own],
+            list(views.values()),
             motion,
             steps=settings.steps,
             checks=settings.checks,
             backward=backward,
             score=score,
-            keep=lambda: {name: stored(own, encoded[name].note) for name, own in views.items()},
+            keep=lambda: {name: view.stored() for name, view in views.items()},
             progress=progress,
         )

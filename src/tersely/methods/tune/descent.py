@@ -10,13 +10,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from tersely.methods.tune.protocol import Motion, Progress
-from tersely.methods.tune.trainable import Trainable
+from tersely.methods.tune.protocol import Motion, Progress, View
 
 T = TypeVar("T")
-_BETAS = (0.9, 0.99)
-_EPSILON = 1e-12
-"""Gradients are means over tokens and may be small; Adam's own 1e-8 would still some."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Descent(Generic[T]):
 
 
 def descend(
-    views: Sequence[Trainable],
+    views: Sequence[View],
     motion: Motion,
     *,
     steps: int,
@@ -58,12 +54,20 @@ def descend(
     least = before
     if not rated or not steps:
         return Descent(best, before, before, ())
-    groups = [{"params": tensors, "lr": rate} for tensors, rate in rated]
-    optimizer = torch.optim.SGD(groups) if motion.signed else torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
+    decays = [motion.decay if tensors is latents else 0.0 for tensors, _ in rated]
+    groups = [
+        {"params": tensors, "lr": rate, "weight_decay": decay}
+        for (tensors, rate), decay in zip(rated, decays, strict=True)
+    ]
+    optimizer = (
+        torch.optim.SGD(groups) if motion.signed else torch.optim.AdamW(groups, betas=motion.betas, eps=motion.epsilon)
+    )
     for step in range(steps):
         share = 1 - step / steps if motion.signed else (1 + math.cos(math.pi * step / steps)) / 2
         for group, (_, rate) in zip(optimizer.param_groups, rated, strict=True):
             group["lr"] = rate * share
+        for view in views:
+            view.begin(step / steps)
         optimizer.zero_grad()
         losses.append(backward(step))
         if motion.signed:

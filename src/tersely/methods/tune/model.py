@@ -19,19 +19,12 @@ from tersely.errors import DataError, UsageError
 from tersely.graph import Graph, Piece, Weight, filled, slot
 from tersely.methods.protocol import Work
 from tersely.methods.tune.descent import Descent, descend
-from tersely.methods.tune.divergence import divergence
-from tersely.methods.tune.protocol import Progress, TuneModel
-from tersely.methods.tune.text import grouped, write_texts
-from tersely.methods.tune.trainable import Trainable, trainable, weight
-from tersely.methods.tune.trainable import encoded as stored
+from tersely.methods.tune.divergence import divergence, surprise
+from tersely.methods.tune.protocol import Progress, TuneModel, View
+from tersely.methods.tune.text import grouped, micro_tokens, predicted, scheduled, write_texts
 
 _CACHE_BYTES = 1 << 29
 """Of keys and values while the parent writes."""
-_LOGITS = 1 << 25
-"""Of a micro-batch, at most (a sequence that has more runs alone)."""
-_COPIES = 10
-"""Float32 copies of a tuned weight in memory: its latents, their gradients and both averages of Adam, where they
-began, its codes, and what waits for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +47,13 @@ def tune_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Descent[Tuned]:
-    """Encoded weights, tuned so that the model predicts what its parent does; see `distill` and `pv`.
+    """Encoded weights, tuned so that the model predicts what its parent does; see `distill`, `pv` and `maskllm`.
 
     network: the parent as transformers loads it, in float32, which stays as it is; graph: of its checkpoint.
     encoded: by stored name. sequences: token ids of the calibration text, 1-D each; the last `held_out` of them (at
     most a quarter) only choose the best. vectors: norms that an earlier tuning left, by stored name. The scores are
-    nats a token of KL(parent || model) on the held-out text, of exactly what is in the result. All else that the model
-    has is shared with the parent.
+    nats a token of the loss on the held-out text, of exactly what is in the result. All else that the model has is
+    shared with the parent.
 
     Raises UsageError: not a causal language model; DataError: fewer than 2 sequences.
     """
@@ -68,7 +61,7 @@ def tune_model(
         raise UsageError(f"{settings.name} tunes causal language models, this one is {graph.model_type}; use signround")
     if len(sequences) < 2:
         raise DataError(f"{settings.name} has {len(sequences)} calibration sequences; give 2 or more, better 128")
-    student = _Student(network, graph, encoded, settings, vectors or {})
+    student = _Student(network, graph, encoded, settings, vectors or {}, seed)
     held = min(settings.held_out, max(1, len(sequences) // 4))
     longest = max(len(ids_L) for ids_L in sequences)
     texts, last = list(sequences[:-held]), grouped(sequences[-held:], student.tokens, longest)
@@ -78,24 +71,30 @@ def tune_model(
         texts += write_texts(
             network, first, count=settings.own_texts, length=longest, together=together, seed=seed, progress=progress
         )
-    batches = _steps(texts, settings, student.tokens, seed)
+    batches = scheduled(texts, tokens=settings.tokens, batch=settings.batch, micro=student.tokens, seed=seed)
 
     def backward(step: int) -> float:
-        tokens = sum(_predicted(micro) for micro in batches[step])
+        tokens = sum(predicted(micro) for micro in batches[step])
+        energy = settings.motion.energy * (1 - step / len(batches))
         total = 0.0
         for micro in batches[step]:
-            loss = student.divergence(micro) / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
+            values = student.moving()
+            loss = student.loss(micro, values)
+            if energy:
+                squares = torch.stack([value_OI.square().sum() for value_OI in values.values()]).sum()
+                loss = loss - energy * predicted(micro) * squares
+            (loss / tokens).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() / tokens
         return total
 
     @torch.no_grad()
     def score() -> float:
-        return sum(student.divergence(micro).item() for micro in last) / sum(_predicted(micro) for micro in last)
+        values = student.stored()
+        return sum(student.loss(micro, values).item() for micro in last) / sum(predicted(micro) for micro in last)
 
     with torch.enable_grad():
         return descend(
-            [view for views in student.views.values() for view in views],
+            list(student.views.values()),
             settings.motion,
             steps=len(batches),
             checks=settings.checks,
@@ -118,12 +117,13 @@ def tuning_work(graph: Graph, tuned: Sequence[Weight], settings: TuneModel, *, c
     own = sum(_size(w) for w in tuned)
     checked = settings.checks * min(settings.held_out, texts) * context
     passes = 2.0 * parameters
-    flops = passes * (4 * settings.tokens + 2 * checked + settings.own_texts * context)
-    micro = _micro_tokens(vocabulary, settings.batch)
+    parent = settings.loss == "parent"
+    flops = passes * ((3 + parent) * settings.tokens + (1 + parent) * checked + settings.own_texts * context)
+    micro = micro_tokens(vocabulary, settings.batch)
     widths = sum(w.rows + w.columns for w in graph.weights if w.kind == "linear")
     activations = 4 * micro * (3 * widths + 6 * vocabulary)
     everything = sum(_size(w) for w in graph.weights)
-    memory = 4 * (everything + _COPIES * own) + activations + (_CACHE_BYTES if settings.own_texts else 0)
+    memory = round(4 * (everything + settings.copies * own)) + activations + (_CACHE_BYTES if settings.own_texts else 0)
     return Work(flops=flops, loops=settings.tokens // settings.batch, memory=memory)
 
 
@@ -140,33 +140,6 @@ def _size(weight: Weight) -> int:
     return size
 
 
-def _micro_tokens(vocabulary: int, batch: int) -> int:
-    return max(1, min(batch, _LOGITS // vocabulary))
-
-
-def _steps(texts: Sequence[Tensor], settings: TuneModel, micro: int, seed: int) -> list[list[MicroBatch]]:
-    """Micro-batches of every step: the text in steps of about equal tokens, in a new order whenever it is through."""
-    order = torch.Generator().manual_seed(seed)
-    longest = max(len(ids_L) for ids_L in texts)
-    steps = [batch.index for batch in grouped(texts, settings.batch, longest)]
-    chosen: list[list[MicroBatch]] = []
-    seen = 0
-    while seen < settings.tokens:
-        for number in torch.randperm(len(steps), generator=order).tolist():
-            own = grouped([texts[i] for i in steps[number]], micro, longest)
-            chosen.append(list(own))
-            seen += sum(_predicted(each) for each in own)
-            if seen >= settings.tokens:
-                break
-    return chosen
-
-
-def _predicted(batch: MicroBatch) -> int:
-    """Tokens that have one before them."""
-    rows, length = batch.ids_BL.shape
-    return rows * (length - 1) if batch.keep_BL is None else int(batch.keep_BL[:, 1:].sum())
-
-
 class _Student:
     """The parent's network with tuned weights in place of its own."""
 
@@ -177,12 +150,13 @@ class _Student:
         encoded: Mapping[str, Encoded],
         settings: TuneModel,
         vectors: Mapping[str, Tensor],
+        seed: int,
     ) -> None:
-        self._network, self._autocast = network, settings.autocast
+        self._network, self._loss, self._autocast = network, settings.loss, settings.autocast
         self._shared = {name: p.detach() for name, p in network.named_parameters()}
         self._device = next(iter(self._shared.values())).device
-        self._notes = {name: own.note for name, own in encoded.items()}
-        self.tokens = _micro_tokens(graph.sizes["tokens"], settings.batch)
+        draw = torch.Generator(self._device).manual_seed(seed)
+        self.tokens = micro_tokens(graph.sizes["tokens"], settings.batch)
         self._places: dict[str, tuple[Piece, ...]] = {}
         self._norms: dict[str, tuple[str, torch.dtype]] = {}
         self.moved: dict[str, Tensor] = {}
@@ -196,27 +170,39 @@ class _Student:
                     before = self._shared[full]
                     now = vectors[norm.name].to(before) if norm.name in vectors else before
                     self.moved[full] = (now - before).requires_grad_(settings.norm_rate > 0)
-        self.views: dict[str, tuple[Trainable, ...]] = {}
+        self.views: dict[str, View] = {}
         for full, pieces in self._places.items():
             for piece in pieces:
                 if piece.weight.name in encoded:
                     own = _oriented(piece.weight, slot(self._shared[full], piece))
-                    self.views[piece.weight.name] = trainable(encoded[piece.weight.name], own, settings.motion.reach)
+                    self.views[piece.weight.name] = settings.view(encoded[piece.weight.name], own, draw)
 
     def keep(self) -> Tuned:
-        encoded = {name: stored(views, self._notes[name]) for name, views in self.views.items()}
+        encoded = {name: view.stored() for name, view in self.views.items()}
         return Tuned(encoded, {self._norms[full][0]: self._norm(full) for full in self.moved})
 
-    def divergence(self, batch: MicroBatch) -> Tensor:
-        """Sum over predicted tokens of KL(parent || student)."""
-        ids_BL = batch.ids_BL[:, :-1].to(self._device)
+    def moving(self) -> dict[str, Tensor]:
+        """The tuned weights, (O, I) by stored name, as they run in a step."""
+        return {name: view.moving() for name, view in self.views.items()}
+
+    def stored(self) -> dict[str, Tensor]:
+        """As they would be stored now."""
+        return {name: view.stored().decode().float() for name, view in self.views.items()}
+
+    def loss(self, batch: MicroBatch, values: Mapping[str, Tensor]) -> Tensor:
+        """Sum over predicted tokens, of the student with these weights."""
+        ids_BL = batch.ids_BL.to(self._device)
+        keep_BL = None if batch.keep_BL is None else batch.keep_BL[:, 1:].to(self._device)
+
+        def together(each_BL: Tensor) -> Tensor:
+            return each_BL.flatten(0, 1) if keep_BL is None else each_BL[keep_BL]
+
+        student = self._logits({**self._shared, **self._own(values)}, ids_BL[:, :-1])
+        if self._loss == "text":
+            return surprise(together(ids_BL[:, 1:]), together(student))
         with torch.no_grad():
-            parent = self._logits(self._shared, ids_BL)
-        student = self._logits({**self._shared, **self._own()}, ids_BL)
-        if batch.keep_BL is None:
-            return divergence(parent.flatten(0, 1), student.flatten(0, 1))
-        keep = batch.keep_BL[:, 1:].to(self._device)
-        return divergence(parent[keep], student[keep])
+            parent = self._logits(self._shared, ids_BL[:, :-1])
+        return divergence(together(parent), together(student))
 
     def _logits(self, parameters: Mapping[str, Tensor], ids_BL: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
@@ -224,8 +210,7 @@ class _Student:
         logits: Tensor = output.logits
         return logits
 
-    def _own(self) -> dict[str, Tensor]:
-        values = {name: weight(views) for name, views in self.views.items()}
+    def _own(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole = {full: filled(self._shared[full], pieces, values) for full, pieces in self._places.items()}
         for full, moved in self.moved.items():
             value = self._shared[full] + moved

@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 from tersely.calibrate import MicroBatch, Sequences, micro_batches
 from tersely.methods.tune.protocol import Progress
 
+_LOGITS = 1 << 25
+"""Of a micro-batch, at most (a sequence that has more runs alone)."""
 _MULTIPLE = 32
 """To which lengths are filled up: libraries keep what they prepare for each shape."""
 
@@ -86,6 +88,35 @@ def grouped(ids: Sequence[Tensor], tokens: int, longest: int) -> tuple[MicroBatc
     than `longest`, the longest sequence of all."""
     made = micro_batches(Sequences(tuple(ids), "documents", (0,) * len(ids), ""), tokens=tokens, pad=True)
     return tuple(_filled_up(batch, longest) for batch in made)
+
+
+def micro_tokens(vocabulary: int, batch: int) -> int:
+    """Tokens of a micro-batch, in steps of `batch` tokens: their logits must fit into memory."""
+    return max(1, min(batch, _LOGITS // vocabulary))
+
+
+def predicted(batch: MicroBatch) -> int:
+    """Tokens that have one before them."""
+    rows, length = batch.ids_BL.shape
+    return rows * (length - 1) if batch.keep_BL is None else int(batch.keep_BL[:, 1:].sum())
+
+
+def scheduled(texts: Sequence[Tensor], *, tokens: int, batch: int, micro: int, seed: int) -> list[list[MicroBatch]]:
+    """Micro-batches of every step: the text in steps of about equal tokens, in a new order whenever it is through,
+    until `tokens` were predicted."""
+    order = torch.Generator().manual_seed(seed)
+    longest = max(len(ids_L) for ids_L in texts)
+    steps = [step.index for step in grouped(texts, batch, longest)]
+    chosen: list[list[MicroBatch]] = []
+    seen = 0
+    while seen < tokens:
+        for number in torch.randperm(len(steps), generator=order).tolist():
+            own = grouped([texts[i] for i in steps[number]], micro, longest)
+            chosen.append(list(own))
+            seen += sum(predicted(each) for each in own)
+            if seen >= tokens:
+                break
+    return chosen
 
 
 def _filled_up(batch: MicroBatch, longest: int) -> MicroBatch:

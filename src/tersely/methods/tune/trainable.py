@@ -15,17 +15,18 @@ per row, M codebooks, K entries of each or of a table.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-from tersely.codecs import Encoded, Integers, Part
-from tersely.codecs.affine import Affine
-from tersely.codecs.codebook import Lookup, nearest_labels
-from tersely.codecs.ternary import Ternary
-from tersely.codecs.vectors import Vectors, sum_entries
+from tersely.codecs import Encoded, Form, IntegerForm, Integers, Part
+from tersely.codecs.affine import Affine, AffineForm
+from tersely.codecs.codebook import Lookup, LookupForm, nearest_labels
+from tersely.codecs.ternary import Ternary, TernaryForm
+from tersely.codecs.vectors import VectorForm, Vectors, sum_entries
 from tersely.methods.encode.aqlm import nearest_entries
 
 _EDGE = 0.49
@@ -52,6 +53,11 @@ class Trainable(Protocol):
     def part(self) -> Part:
         """As it would be stored now."""
         ...
+
+
+def movable(forms: Sequence[Form]) -> bool:
+    """Whether anything of parts of these forms can move."""
+    return any(isinstance(form, IntegerForm | AffineForm | TernaryForm | LookupForm | VectorForm) for form in forms)
 
 
 def trainable(encoded: Encoded, weight_OI: Tensor, reach: float = math.inf) -> tuple[Trainable, ...]:
@@ -85,6 +91,36 @@ def weight(views: tuple[Trainable, ...]) -> Tensor:
 def encoded(views: tuple[Trainable, ...], note: str = "") -> Encoded:
     """As it would be stored now."""
     return Encoded(tuple(view.part() for view in views), note)
+
+
+@final
+class Parts:
+    """A weight of which each part moves by itself: what runs is always what would be stored."""
+
+    def __init__(self, encoded: Encoded, weight_OI: Tensor, reach: float) -> None:
+        """As `trainable` takes them."""
+        self._views, self._note = trainable(encoded, weight_OI, reach), encoded.note
+
+    @property
+    def latents(self) -> tuple[Tensor, ...]:
+        return tuple(latent for view in self._views for latent in view.latents)
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        return tuple(value for view in self._views for value in view.values)
+
+    def begin(self, share: float) -> None:
+        pass
+
+    def moving(self) -> Tensor:
+        return weight(self._views)
+
+    def settle(self, limit: float, forget: float) -> None:
+        for view in self._views:
+            view.settle(limit, forget)
+
+    def stored(self) -> Encoded:
+        return encoded(self._views, self._note)
 
 
 @final

@@ -15,6 +15,7 @@ from tersely.report.sections.lead import first_facts, lead
 from tersely.report.sections.models import model_section
 from tersely.report.sections.record import making_section, measurement_section
 from tersely.report.sections.samples import sample_section
+from tersely.report.sections.shapes import shape_section
 from tersely.report.sections.sites import error_section, site_section
 from tersely.report.sections.sizes import size_section
 from tersely.report.sections.speed import speed_sections
@@ -58,6 +59,7 @@ def contents(dossiers: Sequence[Dossier]) -> dict[str, Any]:
         "verdict": verdict_section(evaluation),
         "models": model_section(dossiers) if len(dossiers) > 1 else None,
         "sizes": size_section(main),
+        "shapes": shape_section(main.report) if main.report else None,
         "language": text_section(evaluation.text) if evaluation and evaluation.text else None,
         "tasks": task_section(evaluation) if evaluation and evaluation.tasks else None,
         "errors": error_section(main.report) if main.report and main.report.rows else None,

@@ -95,6 +95,7 @@ def site_section(dossier: Dossier) -> dict[str, Any] | None:
     if report is None or not report.rows:
         return None
     costs = {s.name: s.cost for s in dossier.blame.sites if s.level == "weight"} if dossier.blame else {}
+    sparse = any(r.zeros is not None for r in report.rows)
     together = len(report.rows) > MOST_ROWS
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in report.rows:
@@ -135,11 +136,19 @@ def site_section(dossier: Dossier) -> dict[str, Any] | None:
         if costs:
             found = [costs[r.name] for r in own if r.name in costs]
             cells.append(Cell(number(found[0].value), order=found[0].value) if len(found) == 1 else Cell(""))
+        if sparse:
+            zeros = [r.zeros / r.parameters for r in own if r.zeros is not None]
+            share = sum(zeros) / count
+            cells.append(Cell(f"{100 * share:.2f}", order=share) if len(zeros) == count else Cell(""))
         body.append(tuple(cells))
     headers = ["weight", "block", "part", "method", "parameters", "before", "after", "bits", "error, %", "tokens"]
     return {
         "table": Table(
-            "Compressed weights", (*headers, *(("KL cost",) if costs else ())), tuple(body), sortable=True, broad=True
+            "Compressed weights",
+            (*headers, *(("KL cost",) if costs else ()), *(("zeros, %",) if sparse else ())),
+            tuple(body),
+            sortable=True,
+            broad=True,
         ),
         "count": len(report.rows),
         "together": together,

@@ -25,19 +25,23 @@ def size_section(dossier: Dossier) -> dict[str, Any]:
 
     figure = None
     if report:
+        if report.shapes:
+            fewer = f"{report.parameters / report.parameters_after:.2f} times fewer"
+            line("parameters", counted(report.parameters), counted(report.parameters_after), fewer)
         line("weights", size(report.bytes_before), size(report.bytes_after), times_smaller(report))
         before, after = sum(r.bytes_before for r in report.rows), sum(r.bytes_after for r in report.rows)
         own = sum(r.parameters for r in report.rows)
         if report.rows and before and after:
             line("compressed matrices", size(before), size(after), f"{before / after:.2f} times smaller")
-            line("kept as they were", size(report.bytes_before - before), size(report.bytes_after - after), "")
+            if not report.shapes:
+                line("kept as they were", size(report.bytes_before - before), size(report.bytes_after - after), "")
         if report.parameters:
             was = 8 * report.bytes_before / report.parameters
             line("bits a weight, all", f"{was:.2f}", f"{report.bits:.2f}", "")
         if own:
             line("bits a weight, compressed matrices", f"{8 * before / own:.2f}", f"{8 * after / own:.2f}", "")
-            share = share_of(own, report.parameters)
-            line("weights compressed", "", share, f"{counted(own)} of {counted(report.parameters)}")
+            share = share_of(own, report.parameters_after)
+            line("weights compressed", "", share, f"{counted(own)} of {counted(report.parameters_after)}")
         figure = _size_figure(report)
     elif evaluation:
         base = evaluation.base
@@ -57,6 +61,9 @@ def size_section(dossier: Dossier) -> dict[str, Any]:
 
 def _size_figure(report: Report) -> Figure | None:
     kept = report.bytes_before - sum(r.bytes_before for r in report.rows)
+    if report.shapes:
+        # What the weights were before a cut is not told by part.
+        return None
     kept_after = report.bytes_after - sum(r.bytes_after for r in report.rows)
     roles = sorted(
         {r.role for r in report.rows}, key=lambda role: ([*_TONES].index(role) if role in _TONES else 99, role)
