@@ -20,6 +20,7 @@ import json
 import shutil
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable
 from datetime import date
 from functools import partial
@@ -34,7 +35,7 @@ from tersely.calibrate import read_text, sequences
 from tersely.checkpoint import open_checkpoint
 from tersely.errors import UsageError
 from tersely.evaluation.subject import setting
-from tersely.plan.reading import recipe_from_toml
+from tersely.plan.reading import presets, recipe_from_toml
 from tersely.shape.run import planned
 
 Steps = list[dict[str, Any]]
@@ -68,6 +69,8 @@ def sparsity() -> dict[str, Steps]:
             step("sparsegpt", refine=20, **own),
             step("gptq", bits=4, group=64),
         ]
+    learned = tomllib.loads(presets()["maskllm-2of4"])["steps"]
+    rows["2:4 maskllm"] = [each | ({"autocast": True} if each["method"] == "maskllm" else {}) for each in learned]
     for ratio in (0.2, 0.4):
         share = f"low rank, {100 * ratio:.0f} % of the linear weights fewer"
         rows[f"{share}, svd_llm"] = [step("svd_llm", ratio=ratio)]
@@ -86,11 +89,12 @@ def shapes() -> dict[str, Callable[[float], Steps]]:
     rows: dict[str, Callable[[float], Steps]] = {}
     for method in ("minitron", "llm_pruner", "weight_norm", "random"):
         rows[f"neurons, {method}"] = cut("neurons", method, **widths)
+    for method in ("minitron", "random"):
         rows[f"neurons, {method}, not refitted"] = cut("neurons", method, refit=False, **widths)
     rows["neurons and heads, minitron"] = cut("neurons|heads", "minitron", **widths)
     for method in ("slicegpt", "minitron", "random"):
         rows[f"hidden, {method}"] = cut("hidden", method, **widths)
-        rows[f"hidden, {method}, not refitted"] = cut("hidden", method, refit=False, **widths)
+    rows["hidden, slicegpt, not refitted"] = cut("hidden", "slicegpt", refit=False, **widths)
     rows["hidden and neurons, slicegpt and minitron"] = lambda ratio: [
         step("slicegpt", "hidden", ratio=round(ratio, 4), **widths),
         step("minitron", "neurons", ratio=round(ratio, 4), **widths),

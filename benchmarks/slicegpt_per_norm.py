@@ -22,11 +22,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 MULTIPLE = 8
+TOGETHER = 8
 
 
 def sliced_parameters(model: Any, kept: int) -> int:
     """Of the authors' model: everything that has a hidden coordinate is narrower, the head is stored on its own."""
-    wide, blocks = model.config.hidden_size, len(model.model.layers)
+    wide: int = model.config.hidden_size
+    blocks = len(model.model.layers)
     whole: int = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
     if model.config.tie_word_embeddings:
         whole += model.lm_head.weight.numel()
@@ -68,11 +70,15 @@ def main() -> None:
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
         block.self_attn.register_forward_hook(middle)
+    texts = sorted(json.loads(calibration.read_text("utf-8")), key=len)
+    # Sequences of about one length run together, cut to the shortest of them.
+    groups = [texts[i : i + TOGETHER] for i in range(0, len(texts), TOGETHER)]
+    batches = [torch.tensor([ids[: len(group[0])] for ids in group]) for group in groups]
     with torch.no_grad():
         for _ in junctions:
             seen.zero_()
-            for ids in json.loads(calibration.read_text("utf-8")):
-                model(torch.tensor([ids]), use_cache=False)
+            for ids_BL in batches:
+                model(ids_BL, use_cache=False)
             vectors = torch.linalg.eigh(seen).eigenvectors.flip(1)
             bases.append(vectors[:, :kept].float())
         loss = kl = same = 0.0

@@ -29,6 +29,9 @@ from tersely.errors import UsageError
 from tersely.families import LOOKUPS, Axis
 from tersely.graph import Graph, Weight
 
+_SLAB = 1 << 24
+"""Elements that are turned together."""
+
 
 @dataclass(frozen=True, eq=False)
 class Index:
@@ -105,7 +108,12 @@ def check_rebase(
 
 
 def fold_norms(
-    graph: Graph, tensors: Mapping[str, Tensor], space: str = "residual", *, only: Collection[str] | None = None
+    graph: Graph,
+    tensors: Mapping[str, Tensor],
+    space: str = "residual",
+    *,
+    only: Collection[str] | None = None,
+    readers: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """The stored tensors that change when the gain of each norm that reads `space` goes into its readers.
 
@@ -113,7 +121,7 @@ def fold_norms(
     first. A norm that writes a space which others write too (Gemma's after attention) cannot be folded and
     stays; `rebase` then says so.
 
-    `only`: of these tensors, whole units of them, so that a model can be changed a few units at a time. Raises
+    `only`: of these norms, and `readers`: into these weights, so that a model can be changed a few at a time. Raises
     UsageError where a gain cannot go into a head tied to the embedding, or is zero with a bias.
     """
     _known(graph, space)
@@ -143,7 +151,11 @@ def fold_norms(
             folded_N = bias_N.to(gain_N.dtype) / torch.where(gain_N == 0, torch.ones_like(gain_N), gain_N)
             changed[bias.name] = folded_N.to(bias_N.dtype)
         for weight in near:
-            if weight.kind == "linear" and target in weight.reads.spaces:
+            if (
+                weight.kind == "linear"
+                and target in weight.reads.spaces
+                and (readers is None or weight.name in readers)
+            ):
                 old = changed.get(weight.name, tensors[weight.name])
                 dim = 0 if weight.transposed else 1
                 gain = gain_N[:, None] if dim == 0 else gain_N
@@ -422,20 +434,26 @@ def _piece(
         return tensor
     if isinstance(basis, Index):
         return tensor.index_select(dim, basis.index_K)
-    precise = tensor.to(_precise(tensor))
     if isinstance(basis, Orthogonal):
-        if weight.kind == "norm":
-            return tensor
-        basis_NN = basis.basis_NN.to(precise.dtype)
-        last = precise.movedim(dim, -1)
-        turned = (last.reshape(-1, len(basis_NN)) @ basis_NN).reshape(last.shape)
-        return turned.movedim(-1, dim).to(tensor.dtype)
+        return tensor if weight.kind == "norm" else _turned(tensor, dim, basis.basis_NN.to(_precise(tensor)))
+    precise = tensor.to(_precise(tensor))
     if act:
         return tensor
     scale = basis.scale_N.to(precise.dtype).view([-1 if d == dim else 1 for d in range(tensor.dim())])
     offset = graph.family.norm_offset if weight.kind == "norm" else 0.0
     scaled = precise / scale if reads else (precise + offset) * scale - offset
     return scaled.to(tensor.dtype)
+
+
+def _turned(tensor: Tensor, dim: int, basis_NN: Tensor) -> Tensor:
+    """x @ basis along a dimension, some rows at a time: a vocabulary's weight would else be held in float32."""
+    last = tensor.movedim(dim, -1)
+    rows = last.reshape(-1, len(basis_NN))
+    turned = torch.empty_like(rows)
+    step = max(1, _SLAB // len(basis_NN))
+    for start in range(0, len(rows), step):
+        turned[start : start + step] = rows[start : start + step].to(basis_NN.dtype) @ basis_NN
+    return turned.reshape(last.shape).movedim(-1, dim)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:

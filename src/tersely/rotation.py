@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from tersely.checkpoint import Checkpoint, open_checkpoint
-from tersely.graph import Graph, read_graph
+from tersely.graph import Graph, Weight, read_graph
 from tersely.measure import Statistics
 from tersely.plan.assignment import spaces
 from tersely.plan.recipe import Change
 from tersely.rebase import Basis, Diagonal, Orthogonal, fold_norms, rebase
-from tersely.writer import Writer
+from tersely.writer import Stored, Writer
 
 
 def untied(checkpoint: Checkpoint, graph: Graph) -> Checkpoint:
@@ -60,19 +60,33 @@ def turned(
     graph = read_graph(source)
     writer = Writer(folder, facts, resume=resume)
     try:
-        units = ["outside", *(f"block-{n:05d}" for n in range(len(graph.units)))]
-        for name, unit in zip(units, ("", *graph.units), strict=True):
+        units = units_of(graph)
+        for name, weights in units.items():
             if not writer.done(name):
-                tensors = _rebased(graph, source, bases, unit)
-                if not unit:
-                    tensors |= {extra: source[extra] for extra in graph.extra}
+                tensors = _rebased(graph, source, bases, weights)
                 writer.put(name, {n: t.contiguous() for n, t in tensors.items()}, {})
+        if graph.extra:
+            units["extra"] = ()
+            writer.put("extra", stored_in(source, {name: name for name in graph.extra}), {})
         companions = {name: source.path / name for name in source.companions}
         config = (json.dumps(source.config, indent=2, ensure_ascii=False) + "\n").encode()
-        writer.finish(units, {**companions, "config.json": config})
+        writer.finish(list(units), {**companions, "config.json": config})
     finally:
         writer.close()
     return open_checkpoint(folder)
+
+
+def units_of(graph: Graph) -> dict[str, tuple[Weight, ...]]:
+    """What is read and written together when a whole checkpoint is rewritten: blocks, and each tensor outside them, the
+    largest of all, by itself. File -> weights."""
+    outside = {f"outside-{n:05d}": (weight,) for n, weight in enumerate(graph.unit(""))}
+    return outside | {f"block-{n:05d}": graph.unit(unit) for n, unit in enumerate(graph.units)}
+
+
+def stored_in(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Tensor | Stored]:
+    """Tensors that go from file to file as they lie: new name -> the name that they have."""
+    specs = {new: checkpoint.spec(old) for new, old in names.items()}
+    return {new: Stored(checkpoint.path / spec.file, spec) for new, spec in specs.items()}
 
 
 def _chosen(changes: Sequence[Change], graph: Graph, seed: int) -> list[tuple[str, Basis]]:
@@ -84,15 +98,20 @@ def _chosen(changes: Sequence[Change], graph: Graph, seed: int) -> list[tuple[st
     return bases
 
 
-def _rebased(graph: Graph, source: Checkpoint, bases: Sequence[tuple[str, Basis]], unit: str) -> dict[str, Tensor]:
-    """The tensors of one unit after all changes."""
-    own = {w.name: source[w.name] for w in graph.unit(unit)}
+def _rebased(
+    graph: Graph, source: Checkpoint, bases: Sequence[tuple[str, Basis]], weights: Sequence[Weight]
+) -> dict[str, Tensor]:
+    """The tensors of one unit, or of a part of what lies outside, after all changes."""
+    own = {w.name: source[w.name] for w in weights}
+    unit = weights[0].unit
+    read = {space for w in weights if w.kind == "linear" for space in w.reads.spaces}
     for space, basis in bases:
         wide = graph.coordinates[space] == "residual"
         if wide and isinstance(basis, Orthogonal):
             # A norm outside the blocks may be read in them (what an encoder gives).
-            outside = {w.name for w in graph.unit("")}
-            folded = fold_norms(graph, ChainMap(own, cast("dict[str, Tensor]", source)), space, only={*own, *outside})
+            norms = {w.name for w in graph.unit("") if w.kind == "norm" and w.writes.spaces[0] in read}
+            both = ChainMap(own, cast("dict[str, Tensor]", source))
+            folded = fold_norms(graph, both, space, only={*own, *norms}, readers=own)
             own |= {name: tensor for name, tensor in folded.items() if name in own}
         if wide:
             own |= rebase(graph, own, space, basis, only=own)

@@ -250,8 +250,8 @@ class Recipe:
         kinds = [next(n for n, kind in enumerate(_ORDER) if isinstance(step, kind)) for step in self.steps]
         if kinds != sorted(kinds):
             raise UsageError(
-                "steps come in this order: those that cut a smaller shape, those that change the basis (smooth, awq, "
-                "rotate ...), those that encode, and those that tune (distill, pv, signround, maskllm)"
+                "steps that cut a smaller shape come before those that change the basis (smooth, awq, rotate), these "
+                "before those that encode, and those that tune (distill, pv, signround, maskllm) come last"
             )
         if not self.needs and self.calibration != Calibration():
             raise UsageError("calibration has no effect: no step of this recipe measures anything; leave it out")

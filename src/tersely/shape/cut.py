@@ -29,6 +29,7 @@ from tersely.measure import Statistics
 from tersely.plan.cost import SUSPEND_BYTES, micro_batch_tokens, suspended_bytes
 from tersely.plan.recipe import Cut
 from tersely.rebase import selected, stored_axes
+from tersely.rotation import stored_in, units_of
 from tersely.shape.config import Written, key_of, resized
 from tersely.shape.refit import refitted
 from tersely.shape.scoring import Scored, normalized_energy, score
@@ -192,23 +193,28 @@ def cut(
     kept = {place: torch.tensor(own) for place, own in zip(places, facts["kept"], strict=True)}
     heads = sizes.kept.get("heads", graph.sizes.get("heads", 1))
     work = _Work(Source(checkpoint), graph, kept, facts["gains"], heads)
-    files = {"": "outside"} | {unit: f"block-{number:05d}" for number, unit in enumerate(graph.units)}
-    if step.refit and batches and not all(map(writer.done, files.values())):
+    files = units_of(graph)
+    if step.refit and batches and not all(map(writer.done, files)):
         padded = sum(batch.ids_BL.numel() for batch in batches)
         suspend = plain and suspended_bytes(graph, padded, dtype) <= SUSPEND_BYTES
         for unit in work.refit(batches, dtype=dtype, device=device, suspend=suspend, say=say):
-            if not writer.done(files[unit]):
-                writer.put(files[unit], *work.unit(unit))
-    for unit, file in files.items():
+            for file, weights in files.items():
+                if weights[0].unit == unit and not writer.done(file):
+                    writer.put(file, *work.written(weights))
+            work.source.changed.clear()
+    for file, weights in files.items():
         if not writer.done(file):
-            writer.put(file, *work.unit(unit))
-    notes = [note for file in files.values() for note in writer.facts(file)["notes"]]
+            writer.put(file, *work.written(weights))
+    notes = [note for file in files for note in writer.facts(file)["notes"]]
+    if graph.extra:
+        files["extra"] = ()
+        writer.put("extra", stored_in(checkpoint, {name: name for name in graph.extra}), {})
     names = {place: f"{place.unit} {place.read}".strip() for place in places}
     scores: dict[str, list[float]] = {}
     for place, own in zip(places, facts["scores"], strict=True):
         at = names[place] + ("" if place.expert is None else f" of expert {place.expert}")
         scores[f"{place.kind}: {at}"] = own
-    return Written(list(files.values()), sizes.config, scores, [*_told(sizes, places), *notes])
+    return Written(list(files), sizes.config, scores, [*_told(sizes, places), *notes])
 
 
 def _told(sizes: Sizes, places: Sequence[Place]) -> list[str]:
@@ -237,17 +243,14 @@ class _Work:
         self.source, self.graph, self.kept, self.gains, self.heads = source, graph, kept, gains, heads
         self.notes: list[str] = []
 
-    def unit(self, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of a unit as they are written, and what the user should know; the next unit begins afresh."""
+    def written(self, weights: Sequence[Weight]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights as they are written, and what the user should know by now."""
         tensors = {}
-        for weight in self.graph.unit(unit):
+        for weight in weights:
             if (name := _renamed(weight, self.kept)) is not None:
                 tensors[name] = self._cut(weight, self.source[weight.name])
-        if not unit:
-            tensors |= {name: self.source[name] for name in self.graph.extra}
         facts = {"notes": list(self.notes)}
         self.notes.clear()
-        self.source.changed.clear()
         return tensors, facts
 
     def refit(

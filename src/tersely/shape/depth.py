@@ -25,6 +25,7 @@ from tersely.graph import Graph
 from tersely.methods.drop import Blocks
 from tersely.plan.cost import micro_batch_tokens
 from tersely.plan.recipe import Drop
+from tersely.rotation import stored_in, units_of
 from tersely.shape.config import Written, key_of
 from tersely.stream import stream
 from tersely.writer import Writer
@@ -129,21 +130,21 @@ def drop(
         writer.put(CHOICE, {}, {"gone": chosen, "similarity": None if alike is None else alike.tolist()})
     chosen = writer.facts(CHOICE)["gone"]
     gone = {stack: frozenset(own) for stack, own in chosen.items()}
-    files = {"": "outside"} | {
-        unit: f"block-{number:05d}"
-        for number, unit in enumerate(graph.units)
-        if int(unit.rpartition(".")[2]) not in gone[unit.rpartition(".")[0]]
-    }
-    for unit, file in files.items():
+    files = {}
+    for file, weights in units_of(graph).items():
+        names = {new: w.name for w in weights if (new := _renamed(graph, w.name, gone)) is not None}
+        if names:
+            files[file] = names
+    if graph.extra:
+        files["extra"] = {name: name for name in graph.extra}
+    for file, names in files.items():
         if not writer.done(file):
-            names = [w.name for w in graph.unit(unit)] + ([] if unit else list(graph.extra))
-            renamed = {name: name if name in graph.extra else _renamed(graph, name, gone) for name in names}
-            writer.put(file, {new: checkpoint[name] for name, new in renamed.items() if new is not None}, {})
+            writer.put(file, stored_in(checkpoint, names), {})
     named = "; ".join(f"{stack}: {', '.join(map(str, own))}" for stack, own in chosen.items())
     alike = writer.facts(CHOICE)["similarity"]
     influence = {} if alike is None else {"blocks": [1 - alike[2 * b][2 * b + 1] for b in range(len(graph.units))]}
     config = _config(checkpoint, graph, gone)
-    return Written(list(files.values()), config, influence, [f"blocks that went: {named}"])
+    return Written(list(files), config, influence, [f"blocks that went: {named}"])
 
 
 def _like(graph: Graph, units: Sequence[str], block: int) -> bool:

@@ -27,6 +27,7 @@ from tersely.families import Axis, Row, mixtures, rows_of
 from tersely.graph import Graph, Weight, read_graph
 from tersely.methods.split import Block, Split
 from tersely.plan.cost import micro_batch_tokens
+from tersely.rotation import stored_in
 from tersely.stream import Value, stream
 from tersely.writer import Writer
 
@@ -112,7 +113,7 @@ def split(
     try:
         if not writer.done("outside"):
             kept = [w.name for w in target.unit("")]
-            writer.put("outside", {name: checkpoint[name] for name in (*kept, *target.extra)}, {})
+            writer.put("outside", stored_in(checkpoint, {name: name for name in (*kept, *target.extra)}), {})
         if not all(map(writer.done, units)):
             if method.by_text and not writer.done(_DOMAINS):
                 writer.put(_DOMAINS, _domains(source, method, seed, say), {})
