@@ -46,7 +46,7 @@ TERSELY = [sys.executable, "-m", "tersely"]
 CALIBRATION = {"stories-3m": (256, 512), "house-llama": (256, 256), "house-mixtral": (256, 256)}
 
 
-def run(command: list[str]) -> tuple[dict[str, Any], float, int]:
+def run(command: list[str]) -> tuple[Any, float, int]:
     """What a process printed as JSON, its processor seconds and its peak resident bytes."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -57,7 +57,7 @@ def run(command: list[str]) -> tuple[dict[str, Any], float, int]:
             errors.seek(0)
             raise RuntimeError(errors.read().decode().strip().splitlines()[-1])
     # A peer may print of itself before the line that counts.
-    found = json.loads(text if text.startswith("{") else text.strip().splitlines()[-1])
+    found = json.loads(text if text.startswith(("{", "[")) else text.strip().splitlines()[-1])
     return found, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 

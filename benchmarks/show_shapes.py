@@ -50,14 +50,17 @@ def sparse(rows: list[dict[str, Any]]) -> str:
     if not own:
         return ""
     methods = list(dict.fromkeys((row["system"], _method(row)) for row in own))
-    lines = [f"| zeros | {' | '.join(NAMES)} |", "|---" * (len(NAMES) + 1) + "|"]
+    lines = [f"| zeros | {' | '.join(NAMES)} | CPU s | peak MB |", "|---" * (len(NAMES) + 3) + "|"]
     best = {name: min((r["loss"]["value"] for r in own if r["name"].startswith(name)), default=0.0) for name in NAMES}
     for system, method in methods:
         found = {n: r for n in NAMES for r in own if r["system"] == system and r["name"] == f"{n} {method}"}
         label = method if system == "tersely" else f"{TOOLS[system]}: {method}"
         cells = [_loss(found[name], best[name]) if name in found else "" for name in NAMES]
+        first = next(iter(found.values()))
+        cells += [f"{first['cpu_seconds']:.0f}", f"{first['peak_memory'] / 1e6:.0f}"]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "### Sparsity: loss\n\n" + "\n".join(lines)
+    told = "Seconds are ours of the whole process, the peer's of its call; they and the memory are of the first number."
+    return f"### Sparsity of all linear weights but the head: loss\n\n{told}\n\n" + "\n".join(lines)
 
 
 def smaller(rows: list[dict[str, Any]]) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from tersely.checkpoint import Checkpoint, open_checkpoint
@@ -19,6 +21,8 @@ from tersely.methods import METHODS
 from tersely.methods.cut import Kind
 from tersely.plan.reading import recipe_from_toml
 from tersely.rebase import selected
+from tersely.report.terminal import report_table
+from tersely.results import Report
 from tersely.shape.structures import Place, places_of
 from tests.plain import write_changed
 from tests.tiny import FAMILIES, forward, inputs, load, tiny
@@ -219,19 +223,52 @@ SHAPES = {
 }
 
 
+@pytest.fixture(scope="module")
+def smaller(
+    tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path], text: Path
+) -> Callable[[str], Path]:
+    """The tiny Llama in each of these shapes, cut once."""
+    made: dict[str, Path] = {}
+
+    def get(shape: str) -> Path:
+        if shape not in made:
+            made[shape] = tmp_path_factory.mktemp("cut") / "model"
+            compress(source("llama"), recipe(SHAPES[shape]), made[shape], calibration=text)
+        return made[shape]
+
+    return get
+
+
+def encoding(method: Any) -> str:
+    """A step of a method on all linear weights, in groups that divide them."""
+    groups = "\ngroup = 16" if "group" in method.__dataclass_fields__ else ""
+    settings = "\nbits = 4\ngroup = 4" if method.name == "aqlm" else groups
+    return f'[[steps]]\nwhere = "linear"\nmethod = "{method.name}"{settings}'
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_was_cut_can_be_encoded_by_every_method(
-    shape: str, method: Any, tmp_path: Path, source: Callable[[str], Path], text: Path
+    shape: str, method: Any, tmp_path: Path, smaller: Callable[[str], Path], text: Path
 ) -> None:
-    settings = {"aqlm": "bits = 4\ngroup = 4"}.get(method.name, "")
-    group = "\ngroup = 16" if "group" in method.__dataclass_fields__ and not settings else ""
-    step = f'[[steps]]\nwhere = "linear"\nmethod = "{method.name}"\n{settings}{group}'
-    steps = recipe_from_toml(f"{CALIBRATION}[[steps]]\n{SHAPES[shape]}\n{step}")
-    report = compress(source("llama"), steps, tmp_path / "out", calibration=text, format="tersely")
-    assert len(report.shapes) == 1
+    measured = bool(recipe_from_toml(encoding(method)).needs)
+    steps = recipe_from_toml((CALIBRATION if measured else "") + encoding(method))
+    report = compress(smaller(shape), steps, tmp_path / "out", calibration=text if measured else None, format="tersely")
     assert {row.method for row in report.rows} == {method.name}
     assert forward(tmp_path / "out").isfinite().all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cut_and_encoded_in_one_job_is_cut_and_then_encoded(
+    shape: str, tmp_path: Path, source: Callable[[str], Path], smaller: Callable[[str], Path], text: Path
+) -> None:
+    encode = '[[steps]]\nwhere = "linear"\nmethod = "gptq"\ngroup = 16'
+    both = recipe_from_toml(f"{CALIBRATION}[[steps]]\n{SHAPES[shape]}\n{encode}")
+    report = compress(source("llama"), both, tmp_path / "one", calibration=text)
+    assert len(report.shapes) == 1
+    assert report.bits < 32
+    compress(smaller(shape), recipe_from_toml(CALIBRATION + encode), tmp_path / "two", calibration=text)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 
 
 CUTS_FOR_LLAMA_CPP = {
@@ -321,3 +358,20 @@ def test_the_headers_that_are_planned_are_those_that_are_written(
         made = open_checkpoint(tmp_path / str(number))
         assert {n: expected.spec(n).shape for n in expected} == {n: made.spec(n).shape for n in made}
         assert expected.config.keys() == made.config.keys()
+
+
+def test_terminal_and_page_say_what_was_cut(tmp_path: Path, source: Callable[[str], Path], text: Path) -> None:
+    lines = (SHAPES["narrower"], '[[steps]]\nwhere = "blocks"\nmethod = "block_similarity"\nratio = 0.5')
+    report = compress(source("llama"), recipe(*lines), tmp_path / "out", calibration=text)
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(report_table(report))
+    said = console.export_text()
+    assert "neurons|heads|hidden" in said
+    assert f"{100 * (1 - report.shapes[0].parameters_after / report.parameters):.1f} %" in said
+    assert "minitron: neurons (mlp): 32 of 96 kept" in said or "minitron: neurons (mlp): 64 of 96 kept" in said
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "Scores of neurons (minitron)" in page
+    assert "How much each block changes what passes through it" in page
+    assert "takes what its smaller shape takes" in page
+    again = Report.from_dict(report.to_dict(), out="")
+    assert again.shapes == report.shapes

@@ -98,7 +98,10 @@ def report_table(report: Report) -> RenderableType:
         left=2,
     )
     parts: list[RenderableType] = [made]
-    if report.shapes:
+    if report.shapes and not report.rows:
+        sizes = f"{size(report.bytes_before)} of weights before, {size(report.bytes_after)} after"
+        parts = [shapes_table(report), Text(f"\n{sizes}: {report.ratio:.2f} times smaller")]
+    elif report.shapes:
         parts = [shapes_table(report), Text(""), made]
     if report.notes:
         shown = report.notes[:10]

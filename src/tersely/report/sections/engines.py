@@ -54,7 +54,9 @@ def engine_section(dossier: Dossier, out: str) -> list[dict[str, str]]:
         own += "where they multiply."
         return [here, {"engine": "transformers", "text": own, "code": f"import tersely\n{load}"}, llama]
     if stored == "dense":
-        dense = "An ordinary checkpoint: it loads wherever the original does, and is as large as the original."
+        smaller = dossier.report is not None and dossier.report.shapes
+        large = "takes what its smaller shape takes" if smaller else "is as large as the original"
+        dense = f"An ordinary checkpoint: it loads wherever the original does, and {large}."
         return [
             here,
             {"engine": "transformers", "text": dense, "code": load},

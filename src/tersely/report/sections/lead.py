@@ -33,9 +33,12 @@ def first_facts(dossier: Dossier) -> list[tuple[str, str, str]]:
     made: list[tuple[str, str, str]] = []
     if report:
         made.append(("weights", size(report.bytes_after), f"of {size(report.bytes_before)}: {times_smaller(report)}"))
+        if report.shapes:
+            fewer = f"of {counted(report.parameters)}: {report.parameters / report.parameters_after:.2f} times fewer"
+            made.append(("parameters", counted(report.parameters_after), fewer))
         packed = bits_a_weight(report.rows)
         inner = f"{packed:.2f} in the compressed matrices" if packed else "no matrix was compressed"
-        if report.parameters:
+        if report.parameters and (packed or not report.shapes):
             made.append(("bits a weight", f"{report.bits:.2f}", inner))
         if report.rows and evaluation is None:
             largest = max(report.rows, key=lambda r: r.error)
