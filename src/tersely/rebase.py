@@ -156,10 +156,8 @@ def fold_norms(
                 and target in weight.reads.spaces
                 and (readers is None or weight.name in readers)
             ):
-                old = changed.get(weight.name, tensors[weight.name])
-                dim = 0 if weight.transposed else 1
-                gain = gain_N[:, None] if dim == 0 else gain_N
-                changed[weight.name] = (old.to(gain_N.dtype) * gain).to(old.dtype)
+                old = changed[weight.name] if weight.name in changed else tensors[weight.name]
+                changed[weight.name] = _scaled(old, gain_N, 0 if weight.transposed else 1)
     return changed
 
 
@@ -405,7 +403,7 @@ def _along(
         )
         for p, part in zip(apart, axis.parts, strict=True)
     ]
-    return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
+    return (torch.cat(pieces, dim + 1) if len(pieces) > 1 else pieces[0]).flatten(dim, dim + 1)
 
 
 def _apart(graph: Graph, weight: Weight, tensor: Tensor, dim: int, axis: Axis) -> tuple[int, tuple[Tensor, ...]]:
@@ -443,6 +441,16 @@ def _piece(
     offset = graph.family.norm_offset if weight.kind == "norm" else 0.0
     scaled = precise / scale if reads else (precise + offset) * scale - offset
     return scaled.to(tensor.dtype)
+
+
+def _scaled(tensor: Tensor, gain_N: Tensor, dim: int) -> Tensor:
+    """Times a gain along one of its two dimensions, some rows at a time."""
+    scaled = torch.empty_like(tensor)
+    step = max(1, _SLAB // tensor.shape[1])
+    for start in range(0, len(tensor), step):
+        gain = gain_N[start : start + step, None] if dim == 0 else gain_N
+        scaled[start : start + step] = tensor[start : start + step].to(gain_N.dtype) * gain
+    return scaled
 
 
 def _turned(tensor: Tensor, dim: int, basis_NN: Tensor) -> Tensor:

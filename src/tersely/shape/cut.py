@@ -339,7 +339,7 @@ class _Work:
             found = refitted(value_OI, offset, statistics.get(weight.statistics), kept_K)
             if found.note:
                 self.notes.append(f"{weight.name.removesuffix('.weight')}: {found.note}")
-            new_OI = found.weight_OI.cpu().to(stored.dtype)
+            new_OI = found.weight_OI
             self.source.changed[weight.name] = (new_OI.t() if weight.transposed else new_OI).contiguous()
             changed.append((weight, new_OI))
             if bias is not None and found.bias_O is not None and offset is not None:

@@ -20,6 +20,8 @@ from torch import Tensor
 from tersely.measure import Statistics
 
 _DAMPING = 1e-2
+_SLAB = 1 << 24
+"""Elements of a weight that are worked on together."""
 _FEWEST = 1.0
 """Tokens for each input below which nothing is refitted."""
 
@@ -29,44 +31,60 @@ class Refitted:
     """A weight after some of its inputs were cut."""
 
     weight_OI: Tensor
-    """float32, with zeros where inputs are cut."""
+    """In its dtype, on its device, with zeros where inputs are cut."""
     bias_O: Tensor | None
+    """float32."""
     note: str = ""
     """What the user should know."""
 
 
 def refitted(weight_OI: Tensor, bias_O: Tensor | None, stats: Statistics | None, kept_K: Tensor) -> Refitted:
-    """The weight that makes up best for the inputs that are cut.
+    """The weight that makes up best for the inputs that are cut; worked on a few rows at a time.
 
     kept_K: the inputs that stay. stats: of the inputs, with a Gram matrix and, for a bias, means.
     """
     columns = weight_OI.shape[1]
     cut_I = torch.ones(columns, dtype=torch.bool)
     cut_I[kept_K] = False
-    device = stats.device if stats is not None else weight_OI.device
-    weight = weight_OI.to(device).float()
-    masked_OI = weight.masked_fill(cut_I.to(device), 0.0)
+    cut_R = cut_I.nonzero()[:, 0]
+    mean_I = None if stats is None or bias_O is None else stats.mean_I
+    share_KR, note = _share(stats, mean_I, kept_K, cut_R, columns)
+    device = share_KR.device if share_KR is not None else weight_OI.device
+    new_OI = torch.empty_like(weight_OI)
+    moved = []
+    step = max(1, _SLAB // columns)
+    for start in range(0, len(weight_OI), step):
+        before = weight_OI[start : start + step].to(device).float()
+        after = before.masked_fill(cut_I.to(device), 0.0)
+        if share_KR is not None:
+            after[:, kept_K.to(device)] += before[:, cut_R.to(device)] @ share_KR.t()
+            if mean_I is not None:
+                moved.append((before - after) @ mean_I)
+        new_OI[start : start + step] = after.to(new_OI)
+    if bias_O is not None and moved:
+        bias_O = bias_O.to(device).float() + torch.cat(moved)
+    return Refitted(new_OI, bias_O, note)
+
+
+def _share(
+    stats: Statistics | None, mean_I: Tensor | None, kept_K: Tensor, cut_R: Tensor, columns: int
+) -> tuple[Tensor | None, str]:
+    """(G_KK + damping)^-1 G_KR, float32: what each kept input takes of each that is cut; None, and why, for nothing."""
     if stats is None or stats.gram_II is None or stats.tokens < _FEWEST * columns:
         few = 0 if stats is None else stats.tokens
-        return Refitted(masked_OI, bias_O, f"{few} calibration tokens for {columns} inputs: not refitted")
-    gram_II, mean_I = stats.gram_II / stats.tokens, stats.mean_I
-    if bias_O is not None and mean_I is not None:
+        return None, f"{few} calibration tokens for {columns} inputs: not refitted"
+    gram_II = stats.gram_II / stats.tokens
+    if mean_I is not None:
         gram_II = gram_II - torch.outer(mean_I, mean_I)
-    kept, cut = kept_K.to(device), cut_I.to(device).nonzero()[:, 0]
+    kept, cut = kept_K.to(gram_II.device), cut_R.to(gram_II.device)
     inner_KK = gram_II[kept[:, None], kept]
     size = inner_KK.diagonal().mean()
     damping = _DAMPING
-    while True:
+    while damping <= 1:
         damped = inner_KK.clone()
         damped.diagonal().add_(damping * size + torch.finfo(torch.float32).tiny)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            break
+            return torch.cholesky_solve(gram_II[kept[:, None], cut], lower), ""
         damping *= 10
-        if damping > 1:
-            return Refitted(masked_OI, bias_O, "no Cholesky factor with damping up to 1: not refitted")
-    added_KO = torch.cholesky_solve(gram_II[kept[:, None], cut] @ weight[:, cut].t(), lower)
-    masked_OI[:, kept] += added_KO.t()
-    if bias_O is not None and mean_I is not None:
-        bias_O = bias_O.to(device).float() + (weight - masked_OI) @ mean_I
-    return Refitted(masked_OI, bias_O)
+    return None, "no Cholesky factor with damping up to 1: not refitted"
