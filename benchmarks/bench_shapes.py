@@ -85,7 +85,8 @@ def shapes() -> dict[str, Callable[[float], Steps]]:
     def cut(where: str, method: str, **own: Any) -> Callable[[float], Steps]:
         return lambda ratio: [step(method, where, ratio=round(ratio, 4), **own)]
 
-    widths = {"multiple": 8}
+    # transformers takes hidden sizes of a Llama that are multiples of its heads only: of 4 or 6 here.
+    widths, hidden = {"multiple": 8}, {"multiple": 24}
     rows: dict[str, Callable[[float], Steps]] = {}
     for method in ("minitron", "llm_pruner", "weight_norm", "random"):
         rows[f"neurons, {method}"] = cut("neurons", method, **widths)
@@ -93,10 +94,10 @@ def shapes() -> dict[str, Callable[[float], Steps]]:
         rows[f"neurons, {method}, not refitted"] = cut("neurons", method, refit=False, **widths)
     rows["neurons and heads, minitron"] = cut("neurons|heads", "minitron", **widths)
     for method in ("slicegpt", "minitron", "random"):
-        rows[f"hidden, {method}"] = cut("hidden", method, **widths)
-    rows["hidden, slicegpt, not refitted"] = cut("hidden", "slicegpt", refit=False, **widths)
+        rows[f"hidden, {method}"] = cut("hidden", method, **hidden)
+    rows["hidden, slicegpt, not refitted"] = cut("hidden", "slicegpt", refit=False, **hidden)
     rows["hidden and neurons, slicegpt and minitron"] = lambda ratio: [
-        step("slicegpt", "hidden", ratio=round(ratio, 4), **widths),
+        step("slicegpt", "hidden", ratio=round(ratio, 4), **hidden),
         step("minitron", "neurons", ratio=round(ratio, 4), **widths),
     ]
     for method in ("block_search", "block_similarity"):

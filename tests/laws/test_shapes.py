@@ -318,6 +318,20 @@ def test_what_cannot_be_cut_is_said_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_size_that_transformers_does_not_take_is_refused(tmp_path: Path, text: Path) -> None:
+    folder = write_tokenizer(
+        tiny("llama", tmp_path / "source", hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=16)
+    )
+    with pytest.raises(UsageError, match=r"not a multiple of the number of attention heads.*multiples of 24"):
+        compress(
+            folder,
+            recipe('where = "hidden"', 'method = "minitron"', "ratio = 0.34"),
+            tmp_path / "out",
+            calibration=text,
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_method_says_which_structures_it_scores(tmp_path: Path, source: Callable[[str], Path], text: Path) -> None:
     with pytest.raises(UsageError, match=r"slicegpt chooses hidden, not neurons"):
         compress(

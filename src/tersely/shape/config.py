@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,14 +75,23 @@ def resized(
 
 
 def check_built(headers: Checkpoint, graph: Graph) -> None:
-    """UsageError where transformers, given this config, builds other shapes than will be stored.
+    """UsageError where transformers does not take this config, or builds other shapes from it than will be stored.
 
     graph: of the headers. The model is built without memory for its weights.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     config = dict(headers.config)
-    built_from = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+    try:
+        built_from = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+    except (StrictDataclassError, ValueError) as error:
+        heads = graph.sizes.get("heads", 1)
+        reason = f"transformers does not take a {graph.model_type} config of this shape ({error.__cause__ or error})"
+        raise UsageError(
+            f"{reason}; cut to another size: with {heads} heads, hidden sizes are best multiples of "
+            f"{math.lcm(8, heads)} (set `multiple`)"
+        ) from error
     auto = getattr(transformers, f"AutoModelFor{graph.family.auto_class}")
     with torch.device("meta"):
         model = auto.from_config(built_from)
