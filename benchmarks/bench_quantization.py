@@ -94,22 +94,29 @@ def halved(source: Path, out: Path) -> Path:
     return out
 
 
+def compressed(
+    source: Path, out: Path, steps: list[dict[str, Any]], calibration: tuple[int, int], text: str, work: Path
+) -> tuple[Any, float, int]:
+    """Compress by the command line: its report, processor seconds and peak memory."""
+    shutil.rmtree(out, ignore_errors=True)
+    recipe = work / "recipe.toml"
+    command = [*TERSELY, "compress", str(source), str(out), "--recipe", str(recipe), "--json"]
+    recipe.write_text(toml(steps, calibration), "utf-8")
+    try:
+        return run([*command, "--calibration", text])
+    except RuntimeError as error:
+        if "no effect" not in str(error):
+            raise
+    # A recipe that measures nothing may not say on how much.
+    recipe.write_text(toml(steps, None), "utf-8")
+    return run(command)
+
+
 def measured(model: str, name: str, steps: list[dict[str, Any]], assets: Path, work: Path) -> dict[str, Any]:
     parent, out = assets / "models" / model, work / "out"
     source = halved(parent, work / "half") if name.endswith(HALF) else parent
     text, evaluate = data_of(model, assets, work)
-    shutil.rmtree(out, ignore_errors=True)
-    recipe = work / "recipe.toml"
-    # A recipe that measures nothing may not say on how much.
-    for calibration in (CALIBRATION[model], None):
-        recipe.write_text(toml(steps, calibration), "utf-8")
-        command = [*TERSELY, "compress", str(source), str(out), "--recipe", str(recipe), "--json"]
-        try:
-            report, seconds, peak = run([*command, *(["--calibration", text] if calibration else [])])
-            break
-        except RuntimeError as error:
-            if calibration is None or "no effect" not in str(error):
-                raise
+    report, seconds, peak = compressed(source, out, steps, CALIBRATION[model], text, work)
     facts, _, _ = run([*TERSELY, "evaluate", str(out), "--against", str(parent), *evaluate, "--no-store", "--json"])
     rows = report["rows"]
     found = facts["text"]

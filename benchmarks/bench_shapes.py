@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_quantization import CALIBRATION, HERE, TERSELY, data_of, measured_peer, run, toml
+from bench_quantization import CALIBRATION, HERE, TERSELY, compressed, data_of, measured_peer, run, toml
 from quantization_rows import step
 from transformers import AutoTokenizer
 
@@ -139,17 +139,9 @@ def measured(
 ) -> dict[str, Any]:
     source, out = assets / "models" / model, work / "out"
     text, evaluate = data_of(model, assets, work)
-    recipe = work / "recipe.toml"
     samples, context = CALIBRATION[model]
-    for calibration in ((samples if target is None else SEQUENCES, context), None):
-        recipe.write_text(toml(steps, calibration), "utf-8")
-        command = [*TERSELY, "compress", str(source), str(out), "--recipe", str(recipe), "--json"]
-        try:
-            report, seconds, peak = run([*command, *(["--calibration", text] if calibration else [])])
-            break
-        except RuntimeError as error:
-            if calibration is None or "no effect" not in str(error):
-                raise
+    calibration = (samples if target is None else SEQUENCES, context)
+    report, seconds, peak = compressed(source, out, steps, calibration, text, work)
     facts, _, _ = run([*TERSELY, "evaluate", str(out), "--against", str(source), *evaluate, "--no-store", "--json"])
     apart = facts["text"]["divergence"]
     after = report["shapes"][-1]["parameters_after"] if report["shapes"] else report["parameters"]

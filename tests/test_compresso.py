@@ -15,19 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tersely.bases import selected
 from tersely.calibrate import sequences
 from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.errors import DataError, UsageError
 from tersely.graph import Graph, read_graph
-from tersely.methods.cut.compresso import LIMIT, Compresso, drawn, open_chance, settled
+from tersely.methods.cut.compresso import LIMIT, Compresso
 from tersely.methods.cut.protocol import Kind
 from tersely.methods.tune.text import write_texts
-from tersely.rebase import selected
 from tersely.runtime import load_tokenizer
 from tersely.shape.config import resized
 from tersely.shape.gate_training import TrainedGates, gates_work, train_gates
-from tersely.shape.gated import gated_checkpoint
 from tersely.shape.gates import check_gates, expected_parameters, masked, touches
+from tersely.shape.prepared import gated_checkpoint
+from tersely.shape.setup import Setup
 from tersely.shape.structures import Place, places_of
 from tests.tiny import forward, load, tiny
 
@@ -39,6 +40,7 @@ LEGAL: tuple[tuple[str, tuple[Kind, ...]], ...] = (
     ("gemma2", ("neurons", "heads")),
     ("mixtral", ("neurons", "heads", "hidden")),
 )
+PLAIN, SOFT = Compresso(), Compresso(soft=True)
 FEW: dict[str, Any] = {"tokens": 600, "batch": 64, "recovery_tokens": 200, "rate": 1e-3}
 
 
@@ -82,7 +84,7 @@ def some_gates(places: Sequence[Place], seed: int = 0) -> dict[Place, Tensor]:
     """About three quarters of them open, between a half and one."""
     draw = torch.Generator().manual_seed(seed)
     keep = three_quarters(places)
-    return {p: settled(torch.rand(p.count, generator=draw) * 4, keep[p], soft=True) for p in places}
+    return {p: SOFT.settled(torch.rand(p.count, generator=draw) * 4, keep[p]) for p in places}
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
@@ -114,27 +116,27 @@ def sliced(folder: Path, own: Case, tensors: Mapping[str, Tensor], gates: Mappin
 def test_gates_have_the_chances_that_the_formula_says() -> None:
     uniform_T = torch.rand(200_000, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
     for log_alpha in (-3.0, -1.0, 0.0, 1.3, 4.0):
-        gates_T = drawn(torch.full_like(uniform_T, log_alpha), uniform_T)
+        gates_T = PLAIN.drawn(torch.full_like(uniform_T, log_alpha), uniform_T)
         assert float(gates_T.min()) >= 0
         assert float(gates_T.max()) <= 1
-        chance = float(open_chance(torch.tensor(log_alpha)))
+        chance = float(PLAIN.open_chance(torch.tensor(log_alpha)))
         assert float((gates_T > 0).float().mean()) == pytest.approx(chance, abs=0.005)
 
 
 def test_gates_that_stand_still_are_near_what_they_were_on_average() -> None:
     uniform_T = torch.rand(100_000, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
     for log_alpha in (-1.0, 0.0, 1.0, 2.5, LIMIT):
-        mean = float(drawn(torch.full_like(uniform_T, log_alpha), uniform_T).mean())
-        assert float(settled(torch.tensor([log_alpha]), 1, soft=True)) == pytest.approx(mean, abs=0.07)
+        mean = float(PLAIN.drawn(torch.full_like(uniform_T, log_alpha), uniform_T).mean())
+        assert float(SOFT.settled(torch.tensor([log_alpha]), 1)) == pytest.approx(mean, abs=0.07)
 
 
 def test_as_many_stay_as_shall_and_they_are_those_that_matter_most() -> None:
     log_alpha_G = torch.tensor([0.5, -2.0, 3.0, 0.5, -4.0])
-    assert settled(log_alpha_G, 2, soft=False).tolist() == [1, 0, 1, 0, 0]
-    soft_G = settled(log_alpha_G, 2, soft=True)
+    assert PLAIN.settled(log_alpha_G, 2).tolist() == [1, 0, 1, 0, 0]
+    soft_G = SOFT.settled(log_alpha_G, 2)
     assert (soft_G > 0).tolist() == [True, False, True, False, False]
     assert float(soft_G[0]) < float(soft_G[2]) < 1
-    assert float(settled(torch.tensor([math.inf]), 1, soft=True)) == 1
+    assert float(SOFT.settled(torch.tensor([math.inf]), 1)) == 1
 
 
 @pytest.mark.parametrize(("model_type", "kinds"), LEGAL, ids=lambda x: x if isinstance(x, str) else "")
@@ -334,19 +336,8 @@ def test_what_is_written_is_the_model_with_gates_and_is_taken_when_a_job_goes_on
     settings = Compresso(**FEW, prompt="the cat")
 
     def make(place: Path, *, resume: bool) -> tuple[Checkpoint, tuple[Tensor, ...], str]:
-        return gated_checkpoint(
-            checkpoint,
-            graph,
-            keep,
-            data,
-            settings,
-            place / "gated",
-            {"job": "test"},
-            device=torch.device("cpu"),
-            seed=0,
-            resume=resume,
-            say=lambda *_: None,
-        )
+        setup = Setup(data, {"job": "test"}, torch.float32, torch.device("cpu"), 0, resume, lambda *_: None)
+        return gated_checkpoint(checkpoint, graph, keep, settings, place / "gated", setup)
 
     made, scores, note = make(tmp_path / "one", resume=False)
     again, same, told = make(tmp_path / "one", resume=True)
@@ -357,7 +348,7 @@ def test_what_is_written_is_the_model_with_gates_and_is_taken_when_a_job_goes_on
     for place, one, two, three in zip(keep, scores, same, equal, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
-        gates[place] = settled(one, keep[place], soft=False)
+        gates[place] = PLAIN.settled(one, keep[place])
     whole = forward(made.path)
     small = sliced(tmp_path / "sliced", own, {name: made[name] for name in made}, gates)
     torch.testing.assert_close(forward(small), whole, atol=1e-4, rtol=1e-4)

@@ -22,8 +22,10 @@ from tersely.graph import read_graph
 from tersely.methods.encode.rtn import RTN
 from tersely.methods.split import Block, ReadMe
 from tersely.methods.split.read_me import train_router
-from tersely.plan.recipe import Recipe, Step
+from tersely.plan.recipe import Recipe, Step, ToExperts
 from tersely.shape import experts
+from tersely.shape.run import reshape
+from tersely.shape.setup import Setup
 from tersely.writer import Writer
 from tests.tiny import MLP, forward, inputs, load, tiny
 
@@ -42,21 +44,11 @@ def texts(lengths: tuple[int, ...] = LENGTHS) -> Sequences:
 
 
 def split(source: Path, method: ReadMe, folder: Path, *, resume: bool = False) -> Checkpoint:
-    checkpoint = open_checkpoint(source)
+    """As a job does it: what cannot be is said before anything is written."""
+    planned(source, method)
+    setup = Setup(texts(), {}, torch.float32, CPU, 0, resume, lambda *_: None)
     with torch.no_grad():
-        return experts.split(
-            checkpoint,
-            read_graph(checkpoint),
-            texts(),
-            method,
-            folder,
-            {},
-            device=CPU,
-            dtype=torch.float32,
-            seed=0,
-            resume=resume,
-            say=lambda _what, _share: None,
-        )
+        return reshape(open_checkpoint(source), ToExperts("neurons", method), folder, setup)[0]
 
 
 def planned(source: Path, method: ReadMe) -> Checkpoint:

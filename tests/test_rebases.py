@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tersely.bases import Diagonal
 from tersely.checkpoint import open_checkpoint
 from tersely.compression import compress
 from tersely.errors import UsageError
@@ -25,7 +26,6 @@ from tersely.methods.rebase.smooth import Smooth
 from tersely.plan.assignment import spaces
 from tersely.plan.reading import recipe_from_toml
 from tersely.plan.recipe import Calibration, Change, Recipe, Step
-from tersely.rebase import Diagonal
 from tersely.rotation import rotate
 from tests.tiny import forward, tiny
 from tests.tokens import write_tokenizer

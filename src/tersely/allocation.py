@@ -14,15 +14,12 @@ import heapq
 import math
 from collections.abc import Callable, Mapping
 
-import torch
-
-from tersely.calibrate import micro_batches
 from tersely.encoding import Source, applied
 from tersely.errors import UsageError
 from tersely.fisher import fishers
 from tersely.job import Job
 from tersely.measure import Statistics
-from tersely.plan.cost import micro_batch_tokens
+from tersely.plan.cost import calibration_batches
 from tersely.plan.recipe import Step
 from tersely.stream import SURVEY, stream
 
@@ -112,12 +109,7 @@ def choices(step: Step) -> list[int]:
 def _losses(job: Job, steps: Mapping[str, Step], say: Callable[[str, float], None]) -> dict[str, dict[int, float]]:
     assert job.data is not None
     source = Source(job.checkpoint)
-    plain = not job.graph.has_experts
-    batches = micro_batches(
-        job.data,
-        tokens=micro_batch_tokens(job.graph, job.dtype),
-        pad=plain and job.graph.family.auto_class == "CausalLM",
-    )
+    batches = calibration_batches(job.data, job.graph, job.dtype)
     needs = frozenset({"gram"}).union(*(step.needs for step in steps.values())) - {"fisher"}
     wanted = {
         unit: dict.fromkeys((w.stage for w in job.graph.unit(unit) if w.name in steps), needs)
@@ -125,8 +117,7 @@ def _losses(job: Job, steps: Mapping[str, Step], say: Callable[[str, float], Non
         if any(w.name in steps for w in job.graph.unit(unit))
     }
     say("gradients of the loss", 0.0)
-    with torch.enable_grad():
-        steepness = fishers(job.checkpoint, job.graph, job.data.ids, list(steps), job.device)
+    steepness = fishers(job.checkpoint, job.graph, job.data.ids, list(steps), job.device)
     found: dict[str, dict[int, float]] = {}
     for stop in stream(
         job.checkpoint,

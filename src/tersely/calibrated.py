@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tersely.calibrate import micro_batches
+from tersely.bases import Diagonal
 from tersely.codecs import Encoded
 from tersely.codecs.entrance import Entrance
 from tersely.codecs.low_rank import factors_of
@@ -22,9 +22,9 @@ from tersely.measure import Statistics
 from tersely.methods import TuneBlock
 from tersely.methods.tune import tune_block
 from tersely.plan.assignment import spaces
-from tersely.plan.cost import SUSPEND_BYTES, micro_batch_tokens, suspended_bytes
+from tersely.plan.cost import calibration_batches, waits_inside
 from tersely.plan.recipe import Change
-from tersely.rebase import Diagonal, rebase
+from tersely.rebase import rebase
 from tersely.rotation import places, tie
 from tersely.stream import SURVEY, Measured, Recorded, Value, stream
 
@@ -43,17 +43,12 @@ def calibrated(
     encoded: the results of its weights, and the tensors that its others have by then."""
     assert job.data is not None
     graph, source = job.graph, Source(job.checkpoint)
-    plain = not graph.has_experts
     rounds = [t.method for t in job.recipe.tunings if isinstance(t.method, TuneBlock)]
     # A step of learned rounding takes whole micro-batches: they hold as many sequences as its batch has.
     longest = max(len(ids_L) for ids_L in job.data.ids)
-    batches = micro_batches(
-        job.data,
-        tokens=min([micro_batch_tokens(graph, job.dtype), *(method.batch * longest for method in rounds)]),
-        pad=plain and graph.family.auto_class == "CausalLM",
-    )
-    padded = sum(b.ids_BL.numel() for b in batches)
-    suspend = plain and suspended_bytes(graph, padded, job.dtype) <= SUSPEND_BYTES
+    most = min((method.batch * longest for method in rounds), default=None)
+    batches = calibration_batches(job.data, graph, job.dtype, most)
+    suspend = waits_inside(graph, batches, job.dtype)
     changes = [change for change in job.recipe.changes if change.needs]
     undone = [unit for unit in units if finished(unit) is None]
     measured = {unit: stages for unit in undone if (stages := _stages(job, unit))}

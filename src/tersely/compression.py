@@ -34,6 +34,7 @@ from tersely.plan.recipe import Recipe, Tuning
 from tersely.results import Report
 from tersely.rotation import rotate
 from tersely.shape.run import reshape
+from tersely.shape.setup import Setup
 from tersely.stored import groups_from_plain, leaf_name, open_stored
 from tersely.stream import Value
 from tersely.tuning import tune_whole
@@ -99,18 +100,9 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
         beside = free or whole or job.recipe.shapes
         with _between(job, facts, resume) if beside else nullcontext(Path()) as folder:
             for number, step in enumerate(job.recipe.shapes):
-                made, done = reshape(
-                    job.checkpoint,
-                    step,
-                    job.data,
-                    folder / f"shape-{number}",
-                    facts,
-                    dtype=job.dtype,
-                    device=job.device,
-                    seed=job.recipe.seed,
-                    resume=resume,
-                    say=_share(say, number, len(job.recipe.shapes) + bool(job.steps)),
-                )
+                part = _share(say, number, len(job.recipe.shapes) + bool(job.steps))
+                setup = Setup(job.data, facts, job.dtype, job.device, job.recipe.seed, resume, part)
+                made, done = reshape(job.checkpoint, step, folder / f"shape-{number}", setup)
                 job = replace(job, checkpoint=made, graph=read_graph(made), shapes=(*job.shapes, done))
             if job.recipe.shapes:
                 say = _share(say, len(job.recipe.shapes), len(job.recipe.shapes) + 1)
@@ -157,8 +149,7 @@ def _measured_of_weights(job: Job, say: Progress) -> Mapping[str, Tensor]:
     if not names or job.data is None:
         return {}
     say("gradients of the loss", 0.0)
-    with torch.enable_grad():
-        return fishers(job.checkpoint, job.graph, job.data.ids, names, job.device)
+    return fishers(job.checkpoint, job.graph, job.data.ids, names, job.device)
 
 
 def _encode(

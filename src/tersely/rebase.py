@@ -19,42 +19,15 @@ Shapes: N coordinates, K kept ones, H heads of D coordinates each, O outputs, I 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from tersely.bases import Basis, Diagonal, Index, Orthogonal, along, axes, checked, precise, scaled
 from tersely.errors import UsageError
-from tersely.families import LOOKUPS, Axis
+from tersely.families import LOOKUPS
 from tersely.graph import Graph, Weight
-
-_SLAB = 1 << 24
-"""Elements that are turned together."""
-
-
-@dataclass(frozen=True, eq=False)
-class Index:
-    """Keep these coordinates, in this order: (K,), int64, no repeats."""
-
-    index_K: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Diagonal:
-    """Multiply each coordinate: (N,), finite, no zeros."""
-
-    scale_N: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Orthogonal:
-    """Rotate or reflect: (N, N), basis_NN @ basis_NN.T = identity."""
-
-    basis_NN: Tensor
-
-
-Basis = Index | Diagonal | Orthogonal
 
 
 def rebase(
@@ -91,7 +64,7 @@ def rebase(
         new = old
         for dim, axis, reads in axes(weight):
             if any(part.space in bases for part in axis.parts):
-                new = _along(graph, weight, new, dim, axis, bases, reads)
+                new = along(graph, weight, new, dim, axis, bases, reads)
         if new is not old:
             changed[weight.name] = new.contiguous()
     return changed
@@ -139,7 +112,7 @@ def fold_norms(
                 "untie the model first (store lm_head, tie_word_embeddings = false)"
             )
         stored = tensors[norm.name]
-        gain_N = stored.to(_precise(stored)) + graph.family.norm_offset
+        gain_N = stored.to(precise(stored)) + graph.family.norm_offset
         changed[norm.name] = torch.full_like(stored, 1 - graph.family.norm_offset)
         unit = norm.unit
         near = graph.weights if _global(graph, target) else graph.unit(unit)
@@ -157,7 +130,7 @@ def fold_norms(
                 and (readers is None or weight.name in readers)
             ):
                 old = changed[weight.name] if weight.name in changed else tensors[weight.name]
-                changed[weight.name] = _scaled(old, gain_N, 0 if weight.transposed else 1)
+                changed[weight.name] = scaled(old, gain_N, 0 if weight.transposed else 1)
     return changed
 
 
@@ -290,24 +263,23 @@ def _bases(graph: Graph, space: str, basis: Basis, scope: frozenset[str]) -> Map
     mixed = next((pair for pair in graph.family.mixes.items() if space in pair), None)
     if mixed is None:
         size = graph.size(space)
-        checked = _checked(space, basis, (size,) if size is not None else ())
-        return dict.fromkeys(scope, checked)
+        return dict.fromkeys(scope, checked(space, basis, (size,) if size is not None else ()))
     whole, part = (graph.size(s) for s in mixed)
     if whole is None or part is None:
         raise UsageError(f"{space}: config.json does not give its size")
     shared = graph.sizes["heads"] // graph.sizes["kv_heads"]
     head = part // graph.sizes["kv_heads"]
     if isinstance(basis, Orthogonal):
-        return dict.fromkeys(mixed, _checked(space, basis, (head,)))
+        return dict.fromkeys(mixed, checked(space, basis, (head,)))
     heads = part // head
     if isinstance(basis, Diagonal):
-        _checked(space, basis, (head, part))
+        checked(space, basis, (head, part))
         scale_HD = basis.scale_N.view(-1, head).expand(heads, head)
         return {
             mixed[1]: Diagonal(scale_HD.reshape(-1)),
             mixed[0]: Diagonal(scale_HD.repeat_interleave(shared, 0).reshape(-1)),
         }
-    _checked(space, basis, (part,))
+    checked(space, basis, (part,))
     index_K = basis.index_K
     if int(index_K.max()) < head:
         kept_HK = index_K.expand(heads, -1)
@@ -317,152 +289,3 @@ def _bases(graph: Graph, space: str, basis: Basis, scope: frozenset[str]) -> Map
             raise UsageError(f"{space}: each of its {heads} heads must keep as many of its own coordinates, in turn")
     kept = {mixed[1]: kept_HK, mixed[0]: kept_HK.repeat_interleave(shared, 0)}
     return {s: Index((k + torch.arange(len(k))[:, None] * head).reshape(-1)) for s, k in kept.items()}
-
-
-def _checked(space: str, basis: Basis, sizes: tuple[int, ...]) -> Basis:
-    """The basis itself, if its shape and values are those of a space of one of these sizes (any, if none)."""
-    expected = " or ".join(map(str, sizes))
-    if isinstance(basis, Index):
-        index_K = basis.index_K
-        if index_K.dtype != torch.int64 or index_K.dim() != 1 or not len(index_K):
-            raise UsageError(f"{space}: an index is int64 with one dimension, not {index_K.dtype} {[*index_K.shape]}")
-        if int(index_K.min()) < 0 or (sizes and int(index_K.max()) >= max(sizes)):
-            span = f"{int(index_K.min())} to {int(index_K.max())}"
-            raise UsageError(f"{space}: has {expected} coordinates; the index holds {span}")
-        if len(torch.unique(index_K)) != len(index_K):
-            raise UsageError(f"{space}: the index repeats coordinates")
-    elif isinstance(basis, Diagonal):
-        scale_N = basis.scale_N
-        if scale_N.dim() != 1 or (sizes and len(scale_N) not in sizes):
-            raise UsageError(f"{space}: has {expected} coordinates; the scale has shape {[*scale_N.shape]}")
-        if not bool(torch.isfinite(scale_N).all()) or bool((scale_N == 0).any()):
-            raise UsageError(f"{space}: a scale must be finite and not zero")
-    else:
-        basis_NN = basis.basis_NN
-        if basis_NN.dim() != 2 or basis_NN.shape[0] != basis_NN.shape[1]:
-            raise UsageError(f"{space}: a rotation is a square matrix, not {[*basis_NN.shape]}")
-        if sizes and len(basis_NN) not in sizes:
-            raise UsageError(f"{space}: has {expected} coordinates; the rotation has {len(basis_NN)}")
-        exact_NN = basis_NN.double()
-        if not torch.allclose(exact_NN @ exact_NN.T, torch.eye(len(exact_NN)).double(), atol=1e-4):
-            raise UsageError(f"{space}: the matrix is not orthogonal to within 1e-4")
-    return basis
-
-
-def axes(weight: Weight) -> tuple[tuple[int, Axis, bool], ...]:
-    """Stored dimension, what it covers, and whether it is read (not written)."""
-    if weight.kind in ("norm", "bias"):
-        return ((0, weight.writes, False),)
-    reads = 0 if weight.transposed or weight.kind == "lookup" else 1
-    return ((reads, weight.reads, True), (1 - reads, weight.writes, False))
-
-
-def stored_axes(weight: Weight) -> tuple[Axis, ...]:
-    """What each stored dimension covers."""
-    return tuple(axis for _, axis, _ in sorted(axes(weight), key=lambda each: each[0]))
-
-
-def selected(graph: Graph, weight: Weight, tensor: Tensor, index: Mapping[str, Index], heads: int) -> Tensor:
-    """A stored tensor with these coordinates of these spaces: a cut, which may change what the model computes.
-
-    heads: how many there are afterwards, for axes that are interleaved head by head.
-    """
-    for dim, axis, reads in axes(weight):
-        if any(part.space in index for part in axis.parts):
-            tensor = _along(graph, weight, tensor, dim, axis, index, reads, heads)
-    return tensor.contiguous()
-
-
-def coordinates_first(
-    graph: Graph, weight: Weight, tensor: Tensor, dim: int, axis: Axis
-) -> Iterator[tuple[str, Tensor]]:
-    """Each space along an axis of a tensor, and its share of it: (N, M), its coordinates first, in order."""
-    _, apart = _apart(graph, weight, tensor, dim, axis)
-    for part, piece in zip(axis.parts, apart, strict=True):
-        first = piece.flatten(dim, dim + 1).movedim(dim, 0)
-        yield part.space, first.reshape(len(first), -1)
-
-
-def _along(
-    graph: Graph,
-    weight: Weight,
-    tensor: Tensor,
-    dim: int,
-    axis: Axis,
-    bases: Mapping[str, Basis],
-    reads: bool,
-    heads_after: int | None = None,
-) -> Tensor:
-    """The tensor with one of its axes in the new bases; heads_after: of one interleaved by head, if they change."""
-    heads, apart = _apart(graph, weight, tensor, dim, axis)
-    pieces = [
-        _split(
-            _piece(graph, weight, p.flatten(dim, dim + 1), dim, part.act, bases.get(part.space), reads),
-            dim,
-            heads_after if heads_after is not None and axis.by_head else heads,
-        )
-        for p, part in zip(apart, axis.parts, strict=True)
-    ]
-    return (torch.cat(pieces, dim + 1) if len(pieces) > 1 else pieces[0]).flatten(dim, dim + 1)
-
-
-def _apart(graph: Graph, weight: Weight, tensor: Tensor, dim: int, axis: Axis) -> tuple[int, tuple[Tensor, ...]]:
-    """How many runs an axis has, and each space's share of the tensor: dimension `dim` as (runs, size)."""
-    sizes = [graph.size(s) for s in axis.spaces]
-    if len(sizes) == 1:
-        sizes = [tensor.shape[dim]]
-    known = [n for n in sizes if n is not None]
-    if len(known) < len(sizes):
-        raise UsageError(f"{weight.name}: config.json does not give the sizes of {'+'.join(axis.spaces)}")
-    heads = graph.sizes["heads"] if axis.by_head else 1
-    return heads, torch.split(_split(tensor, dim, heads), [n // heads for n in known], dim + 1)
-
-
-def _split(tensor: Tensor, dim: int, runs: int) -> Tensor:
-    """One dimension as two: (runs, size // runs)."""
-    shape = tensor.shape
-    return tensor.reshape(*shape[:dim], runs, shape[dim] // runs, *shape[dim + 1 :])
-
-
-def _piece(
-    graph: Graph, weight: Weight, tensor: Tensor, dim: int, act: bool, basis: Basis | None, reads: bool
-) -> Tensor:
-    """One space's share of an axis in its new basis."""
-    if basis is None:
-        return tensor
-    if isinstance(basis, Index):
-        return tensor.index_select(dim, basis.index_K)
-    if isinstance(basis, Orthogonal):
-        return tensor if weight.kind == "norm" else _turned(tensor, dim, basis.basis_NN.to(_precise(tensor)))
-    precise = tensor.to(_precise(tensor))
-    if act:
-        return tensor
-    scale = basis.scale_N.to(precise.dtype).view([-1 if d == dim else 1 for d in range(tensor.dim())])
-    offset = graph.family.norm_offset if weight.kind == "norm" else 0.0
-    scaled = precise / scale if reads else (precise + offset) * scale - offset
-    return scaled.to(tensor.dtype)
-
-
-def _scaled(tensor: Tensor, gain_N: Tensor, dim: int) -> Tensor:
-    """Times a gain along one of its two dimensions, some rows at a time."""
-    scaled = torch.empty_like(tensor)
-    step = max(1, _SLAB // tensor.shape[1])
-    for start in range(0, len(tensor), step):
-        gain = gain_N[start : start + step, None] if dim == 0 else gain_N
-        scaled[start : start + step] = tensor[start : start + step].to(gain_N.dtype) * gain
-    return scaled
-
-
-def _turned(tensor: Tensor, dim: int, basis_NN: Tensor) -> Tensor:
-    """x @ basis along a dimension, some rows at a time: a vocabulary's weight would else be held in float32."""
-    last = tensor.movedim(dim, -1)
-    rows = last.reshape(-1, len(basis_NN))
-    turned = torch.empty_like(rows)
-    step = max(1, _SLAB // len(basis_NN))
-    for start in range(0, len(rows), step):
-        turned[start : start + step] = rows[start : start + step].to(basis_NN.dtype) @ basis_NN
-    return turned.reshape(last.shape).movedim(-1, dim)
-
-
-def _precise(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -6,7 +6,6 @@ runs, so that each step after it reads a folder, as it would the source.
 
 from __future__ import annotations
 
-import json
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,13 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tersely.bases import Basis, Diagonal, Orthogonal
 from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.graph import Graph, Weight, read_graph
 from tersely.measure import Statistics
 from tersely.plan.assignment import spaces
 from tersely.plan.recipe import Change
-from tersely.rebase import Basis, Diagonal, Orthogonal, fold_norms, rebase
-from tersely.writer import Stored, Writer
+from tersely.rebase import fold_norms, rebase
+from tersely.rewriting import finish, units_of
+from tersely.writer import Writer
 
 
 def untied(checkpoint: Checkpoint, graph: Graph) -> Checkpoint:
@@ -65,28 +66,10 @@ def turned(
             if not writer.done(name):
                 tensors = _rebased(graph, source, bases, weights)
                 writer.put(name, {n: t.contiguous() for n, t in tensors.items()}, {})
-        if graph.extra:
-            units["extra"] = ()
-            writer.put("extra", stored_in(source, {name: name for name in graph.extra}), {})
-        companions = {name: source.path / name for name in source.companions}
-        config = (json.dumps(source.config, indent=2, ensure_ascii=False) + "\n").encode()
-        writer.finish(list(units), {**companions, "config.json": config})
+        finish(writer, source, graph, list(units), source.config)
     finally:
         writer.close()
     return open_checkpoint(folder)
-
-
-def units_of(graph: Graph) -> dict[str, tuple[Weight, ...]]:
-    """What is read and written together when a whole checkpoint is rewritten: blocks, and each tensor outside them, the
-    largest of all, by itself. File -> weights."""
-    outside = {f"outside-{n:05d}": (weight,) for n, weight in enumerate(graph.unit(""))}
-    return outside | {f"block-{n:05d}": graph.unit(unit) for n, unit in enumerate(graph.units)}
-
-
-def stored_in(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Tensor | Stored]:
-    """Tensors that go from file to file as they lie: new name -> the name that they have."""
-    specs = {new: checkpoint.spec(old) for new, old in names.items()}
-    return {new: Stored(checkpoint.path / spec.file, spec) for new, spec in specs.items()}
 
 
 def _chosen(changes: Sequence[Change], graph: Graph, seed: int) -> list[tuple[str, Basis]]:

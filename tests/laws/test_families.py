@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tersely.bases import Basis, Diagonal, Index, Orthogonal
 from tersely.checkpoint import open_checkpoint
 from tersely.errors import CheckpointError, UsageError
 from tersely.families import families
 from tersely.graph import Graph, Piece, read_graph
-from tersely.rebase import Basis, Diagonal, Index, Orthogonal, fold_norms, rebase
+from tersely.rebase import fold_norms, rebase
 from tests import tiny
 
 FILE = "model.safetensors"

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tersely.bases import selected
 from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.compression import compress
 from tersely.errors import UsageError
@@ -20,7 +21,6 @@ from tersely.graph import Graph, read_graph
 from tersely.methods import METHODS
 from tersely.methods.cut import Kind
 from tersely.plan.reading import recipe_from_toml
-from tersely.rebase import selected
 from tersely.report.terminal import report_table
 from tersely.results import Report
 from tersely.shape.structures import Place, places_of

@@ -8,9 +8,9 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from tersely.bases import Basis
 from tersely.codecs import Encoded, Form
 from tersely.measure import Statistics
-from tersely.rebase import Basis
 
 
 @dataclass(frozen=True)

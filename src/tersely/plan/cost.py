@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from tersely.calibrate import MicroBatch, Sequences, micro_batches
 from tersely.errors import ResourceError, UsageError
 from tersely.graph import Graph, Weight
 from tersely.methods import TuneModel, Work
@@ -70,6 +71,21 @@ def micro_batch_tokens(graph: Graph, dtype: torch.dtype) -> int:
     """Tokens of a micro-batch: as many as keep its widest activations within 16 MB, 512 to 8192."""
     widest = max(w.columns for w in graph.weights if w.kind == "linear")
     return max(512, min(8192, _MICRO_BYTES // (4 * widest * dtype.itemsize)))
+
+
+def calibration_batches(
+    data: Sequences, graph: Graph, dtype: torch.dtype, most: int | None = None
+) -> tuple[MicroBatch, ...]:
+    """The calibration text in micro-batches of at most `most` tokens; padded where no expert and no encoder sees it."""
+    tokens = micro_batch_tokens(graph, dtype)
+    pad = not graph.has_experts and graph.family.auto_class == "CausalLM"
+    return micro_batches(data, tokens=tokens if most is None else min(tokens, most), pad=pad)
+
+
+def waits_inside(graph: Graph, batches: Sequence[MicroBatch], dtype: torch.dtype) -> bool:
+    """Whether micro-batches wait inside a block with what they have computed, so that it runs once."""
+    padded = sum(batch.ids_BL.numel() for batch in batches)
+    return not graph.has_experts and suspended_bytes(graph, padded, dtype) <= SUSPEND_BYTES
 
 
 def suspended_bytes(graph: Graph, tokens: int, dtype: torch.dtype) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,19 +13,6 @@ from tersely.checkpoint import Checkpoint
 from tersely.errors import UsageError
 from tersely.families import Family, Sizes
 from tersely.graph import Graph
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a step has written of a smaller model."""
-
-    units: Sequence[str]
-    """Names of the writer's units, in order."""
-    config: dict[str, Any]
-    scores: dict[str, list[float]]
-    """What structures were chosen by: place -> the score of each, larger for what matters more."""
-    notes: Sequence[str]
-    """What the user should know."""
 
 
 def key_of(family: Family, size: str, config: Mapping[str, Any]) -> str | None:

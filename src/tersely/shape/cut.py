@@ -12,59 +12,31 @@ large as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tersely.calibrate import MicroBatch, Sequences, micro_batches
+from tersely.bases import selected, stored_axes
 from tersely.checkpoint import Checkpoint, TensorSpec
 from tersely.encoding import Source
-from tersely.errors import UsageError
-from tersely.families import Sizes as Expressions
 from tersely.graph import Graph, Weight
 from tersely.measure import Statistics
-from tersely.plan.cost import SUSPEND_BYTES, micro_batch_tokens, suspended_bytes
+from tersely.plan.cost import waits_inside
 from tersely.plan.recipe import Cut
-from tersely.rebase import selected, stored_axes
-from tersely.rotation import stored_in, units_of
-from tersely.shape.config import Written, key_of, resized
+from tersely.rewriting import units_of
 from tersely.shape.refit import refitted
 from tersely.shape.scoring import Scored, normalized_energy, score
-from tersely.shape.structures import Place, kinds_of, places_of
+from tersely.shape.setup import Setup, Written
+from tersely.shape.sizes import Sizes, places_of_step, planned_sizes
+from tersely.shape.structures import Place
 from tersely.stream import Value, stream
 from tersely.writer import Writer
 
-Say = Callable[[str, float], None]
 CHOICE = "choice"
 """The unit in which a writer keeps what was chosen."""
-MOMENTS = "second_moments"
-"""What a method needs that scores the residual stream in its principal directions."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a cut leaves."""
-
-    kept: Mapping[str, int]
-    """Size of the family's table -> its new value."""
-    config: dict[str, Any]
-
-    def count(self, place: Place) -> int:
-        """Structures that a place keeps."""
-        space = {"heads": "kv_heads", "hidden": "residual", "experts": "experts", "neurons": place.read}[place.kind]
-        return self.kept[space]
-
-
-def places_of_step(graph: Graph, step: Cut) -> list[Place]:
-    """Everywhere that a step cuts. UsageError: it names structures that the model, or the method, does not have."""
-    kinds = kinds_of(step.where)
-    for kind in kinds:
-        if kind not in step.method.kinds:
-            raise UsageError(f"{step.method.name} chooses {', '.join(sorted(step.method.kinds))}, not {kind}")
-    return [place for kind in kinds for place in places_of(graph, kind)]
 
 
 def planned(headers: Checkpoint, graph: Graph, step: Cut) -> Checkpoint:
@@ -91,130 +63,38 @@ def planned(headers: Checkpoint, graph: Graph, step: Cut) -> Checkpoint:
     return headers.with_headers(sizes.config, specs)
 
 
-def planned_sizes(graph: Graph, config: Mapping[str, Any], step: Cut) -> Sizes:
-    """The sizes that are left, and the config that says them."""
-    wanted: dict[str, int] = {}
-    places = places_of_step(graph, step)
-    for kind in kinds_of(step.where):
-        own = [place for place in places if place.kind == kind]
-        if kind == "neurons":
-            counts = {place.read: place.count for place in own}
-            keyed = {s: n for s, n in counts.items() if key_of(graph.family, s, config) is not None}
-            wanted |= {s: _kept(n, step, "neurons", step.multiple) for s, n in keyed.items()}
-            smaller = resized(graph, config, wanted, "", check=False)
-            wanted |= {s: Expressions(graph.family, smaller, "").need(s) for s in counts.keys() - keyed.keys()}
-        elif kind == "heads":
-            groups = _kept(own[0].count, step, "key/value heads", 1)
-            headed = {s for place in own for s in place.spaces} | {"heads", "kv_heads"}
-            wanted |= {s: n // own[0].count * groups for s, n in graph.sizes.items() if s in headed}
-        elif kind == "experts":
-            wanted |= dict.fromkeys(("experts", "router"), _kept_experts(graph, step))
-        else:
-            wanted["residual"] = _kept(own[0].count, step, "hidden coordinates", step.multiple)
-    if _one_number(graph, config) and {"residual", "attn"} & {*wanted}:
-        if "residual" not in wanted or "attn" not in wanted:
-            key = key_of(graph.family, "residual", config)
-            raise UsageError(
-                f"where = {step.where!r}: a {graph.model_type} config has one number ({key}) for hidden coordinates "
-                "and for all heads together; write `hidden|heads`"
-            )
-        wanted["residual"] = wanted["attn"]
-    return Sizes(wanted, resized(graph, config, wanted, f"where = {step.where!r}"))
-
-
-def _one_number(graph: Graph, config: Mapping[str, Any]) -> bool:
-    """Whether the config has one number for the residual stream and for all heads together."""
-    keys = {key_of(graph.family, size, config) for size in ("residual", "attn")}
-    return len(keys) == 1 and None not in keys
-
-
-def _kept(count: int, step: Cut, what: str, multiple: int) -> int:
-    """How many of `count` stay: the share that was asked for, to the nearest multiple."""
-    exact = count * (1 - step.ratio)
-    kept = min(count, round(exact / multiple) * multiple)
-    of = f"{count} {what}" + (f", in multiples of {multiple}" if multiple > 1 else "")
-    if kept < 1:
-        raise UsageError(f"ratio={step.ratio:g} leaves none of {of}; at most {1 - multiple / count:.3g} leaves some")
-    if kept == count:
-        least = 1 - (max(1, math.ceil(count / multiple) - 0.5) * multiple - 1e-9) / count
-        raise UsageError(f"ratio={step.ratio:g} removes none of {of}; from about {max(least, 0):.3g} on it does")
-    return kept
-
-
-def _kept_experts(graph: Graph, step: Cut) -> int:
-    count, active = graph.sizes["experts"], graph.sizes.get("active", 1)
-    if graph.sizes.get("expert_groups", 1) > 1:
-        raise UsageError(
-            f"experts: they lie in {graph.sizes['expert_groups']} groups, of which the router chooses first; all must "
-            "have the same number, which tersely does not cut"
-        )
-    kept = _kept(count, step, "experts", 1)
-    if kept < active:
-        raise UsageError(f"ratio={step.ratio:g} leaves {kept} of {count} experts, and {active} are used for each token")
-    return kept
-
-
 def cut(
     checkpoint: Checkpoint,
     graph: Graph,
     step: Cut,
-    data: Sequences | None,
     writer: Writer,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    say: Say,
-    given: Sequence[Tensor] | None = None,
+    setup: Setup,
+    scores: Sequence[Tensor] | None = None,
 ) -> Written:
-    """Write the units of the smaller model. given: scores of all places, where they are known already.
+    """Write the units of the smaller model. scores: of all places, where they are known already.
 
     A writer that has a part of them is continued: what was chosen stays, and the text runs once more.
     """
     sizes, places = planned_sizes(graph, checkpoint.config, step), places_of_step(graph, step)
-    plain = not graph.has_experts and graph.family.auto_class == "CausalLM"
-    batches = micro_batches(data, tokens=micro_batch_tokens(graph, dtype), pad=plain) if data else ()
     if not writer.done(CHOICE):
-        scored = score(
-            checkpoint,
-            graph,
-            places,
-            step.method,
-            batches,
-            data.ids if data else (),
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            say=say,
-            given=given,
-        )
+        scored = score(checkpoint, graph, places, step.method, setup, scores)
         writer.put(CHOICE, {}, _choice(checkpoint, graph, places, scored, sizes))
     facts = writer.facts(CHOICE)
     kept = {place: torch.tensor(own) for place, own in zip(places, facts["kept"], strict=True)}
     heads = sizes.kept.get("heads", graph.sizes.get("heads", 1))
     work = _Work(Source(checkpoint), graph, kept, facts["gains"], heads)
     files = units_of(graph)
-    if step.refit and batches and not all(map(writer.done, files)):
-        padded = sum(batch.ids_BL.numel() for batch in batches)
-        suspend = plain and suspended_bytes(graph, padded, dtype) <= SUSPEND_BYTES
-        for unit in work.refit(batches, dtype=dtype, device=device, suspend=suspend, say=say):
-            for file, weights in files.items():
-                if weights[0].unit == unit and not writer.done(file):
-                    writer.put(file, *work.written(weights))
-            work.source.changed.clear()
-    for file, weights in files.items():
-        if not writer.done(file):
-            writer.put(file, *work.written(weights))
+    if step.refit and setup.data and not all(map(writer.done, files)):
+        for unit in work.refit(setup):
+            work.write(writer, {file: own for file, own in files.items() if own[0].unit == unit})
+    work.write(writer, files)
     notes = [note for file in files for note in writer.facts(file)["notes"]]
-    if graph.extra:
-        files["extra"] = ()
-        writer.put("extra", stored_in(checkpoint, {name: name for name in graph.extra}), {})
     names = {place: f"{place.unit} {place.read}".strip() for place in places}
-    scores: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for place, own in zip(places, facts["scores"], strict=True):
         at = names[place] + ("" if place.expert is None else f" of expert {place.expert}")
-        scores[f"{place.kind}: {at}"] = own
-    return Written(list(files), sizes.config, scores, [*_told(sizes, places), *notes])
+        found[f"{place.kind}: {at}"] = own
+    return Written(list(files), sizes.config, found, [*_told(sizes, places), *notes])
 
 
 def _told(sizes: Sizes, places: Sequence[Place]) -> list[str]:
@@ -241,27 +121,25 @@ class _Work:
         heads: int,
     ) -> None:
         self.source, self.graph, self.kept, self.gains, self.heads = source, graph, kept, gains, heads
+        self.refitted: dict[str, Tensor] = {}
+        """Stored name -> the weight with its kept inputs only."""
         self.notes: list[str] = []
 
-    def written(self, weights: Sequence[Weight]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights as they are written, and what the user should know by now."""
-        tensors = {}
-        for weight in weights:
-            if (name := _renamed(weight, self.kept)) is not None:
-                tensors[name] = self._cut(weight, self.source[weight.name])
-        facts = {"notes": list(self.notes)}
-        self.notes.clear()
-        return tensors, facts
+    def write(self, writer: Writer, files: Mapping[str, Sequence[Weight]]) -> None:
+        """Put what is not written yet, refitted weights first: they are held until then."""
+        undone = [(file, weights) for file, weights in files.items() if not writer.done(file)]
+        for file, weights in sorted(undone, key=lambda each: all(w.name not in self.refitted for w in each[1])):
+            tensors = {}
+            for weight in weights:
+                if (name := _renamed(weight, self.kept)) is not None:
+                    tensors[name] = self._cut(weight)
+            writer.put(file, tensors, {"notes": list(self.notes)})
+            self.notes.clear()
+            for weight in weights:
+                self.refitted.pop(weight.name, None)
+                self.source.changed.pop(weight.name, None)
 
-    def refit(
-        self,
-        batches: Sequence[MicroBatch],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        suspend: bool,
-        say: Say,
-    ) -> Iterator[str]:
+    def refit(self, setup: Setup) -> Iterator[str]:
         """Run the text through the model and refit what reads a cut space; yields each unit when it has been."""
         asked = {
             unit: {stage: needs for stage in self.graph.stages(unit) if (needs := self._needs(unit, stage))}
@@ -269,40 +147,42 @@ class _Work:
         }
         measured = {unit: stages for unit, stages in asked.items() if stages}
         steps, done = sum(map(len, measured.values())), 0
+        batches = setup.batches(self.graph)
         for stop in stream(
             self.source.checkpoint,
             self.graph,
             batches,
             measured=measured,
             replaced=lambda _: {},
-            dtype=dtype,
-            device=device,
-            suspend=suspend,
+            dtype=setup.dtype,
+            device=setup.device,
+            suspend=waits_inside(self.graph, batches, setup.dtype),
         ):
             if stop.stage is None:
                 yield stop.unit
                 continue
-            say(f"{stop.unit or 'head'} {stop.stage}, least squares", done / steps)
+            setup.say(f"{stop.unit or 'head'} {stop.stage}, least squares", done / steps)
             done += 1
             for weight, value in self._refitted(stop.unit, stop.stage, stop.statistics):
-                # The residual stream runs at its full width: what reads it is cut when it is written.
-                if not self._wide(weight):
-                    stop.replace(weight, Value(value))
+                stop.replace(weight, Value(value))
             if not stop.unit:
                 yield ""
 
-    def _cut(self, weight: Weight, tensor: Tensor) -> Tensor:
+    def _cut(self, weight: Weight) -> Tensor:
+        compact = self.refitted.get(weight.name)
+        tensor = self.source[weight.name] if compact is None else compact
         index = {
             space: own
             for place, kept in self.kept.items()
             if place.holds(weight)
             for space, own in place.index(kept).items()
         }
-        own = selected(self.graph, weight, tensor, index, self.heads) if index else tensor
+        if index:
+            tensor = selected(self.graph, weight, tensor, index, self.heads, read=compact is None)
         if weight.name in self.gains:
             offset = self.graph.family.norm_offset if weight.kind == "norm" else 0.0
-            own = ((own.float() + offset) * self.gains[weight.name] - offset).to(own.dtype)
-        return own
+            tensor = ((tensor.float() + offset) * self.gains[weight.name] - offset).to(tensor.dtype)
+        return tensor
 
     def _readers(self, unit: str, stage: str) -> list[tuple[Weight, Tensor]]:
         """Weights of a stage that read a cut space, and the inputs that they keep."""
@@ -329,9 +209,10 @@ class _Work:
         coordinates = self.graph.coordinates
         return weight.kind == "linear" and coordinates[weight.reads.spaces[0]] == coordinates["residual"]
 
-    def _refitted(self, unit: str, stage: str, statistics: Mapping[str, Statistics]) -> list[tuple[Weight, Tensor]]:
-        """Refit the weights of a stage in the source; what runs in their place, at full width."""
-        changed = []
+    def _refitted(self, unit: str, stage: str, statistics: Mapping[str, Statistics]) -> Iterator[tuple[Weight, Tensor]]:
+        """Refit the weights of a stage; what runs in their place, at full width.
+
+        The residual stream runs as it is: what reads it is cut only when it is written."""
         for weight, kept_K in self._readers(unit, stage):
             stored, bias = self.source[weight.name], self._bias(weight)
             offset = self.source[bias.name] if bias is not None else None
@@ -339,14 +220,14 @@ class _Work:
             found = refitted(value_OI, offset, statistics.get(weight.statistics), kept_K)
             if found.note:
                 self.notes.append(f"{weight.name.removesuffix('.weight')}: {found.note}")
-            new_OI = found.weight_OI
-            self.source.changed[weight.name] = (new_OI.t() if weight.transposed else new_OI).contiguous()
-            changed.append((weight, new_OI))
+            new_OK, runs = found.weight_OK, not self._wide(weight)
+            self.refitted[weight.name] = (new_OK.t() if weight.transposed else new_OK).contiguous()
+            if runs:
+                yield weight, torch.zeros_like(value_OI).index_copy_(1, kept_K.to(value_OI.device), new_OK)
             if bias is not None and found.bias_O is not None and offset is not None:
                 self.source.changed[bias.name] = found.bias_O.cpu().to(offset.dtype)
-                if not self._wide(weight):
-                    changed.append((bias, self.source.changed[bias.name]))
-        return changed
+                if runs:
+                    yield bias, self.source.changed[bias.name]
 
 
 def _renamed(weight: Weight, kept: Mapping[Place, Tensor]) -> str | None:

@@ -10,7 +10,7 @@ last one gives), T tokens that are looked at.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,19 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tersely.calibrate import MicroBatch, Sequences, micro_batches
+from tersely.calibrate import MicroBatch
 from tersely.checkpoint import Checkpoint
 from tersely.errors import UsageError
 from tersely.graph import Graph
 from tersely.methods.drop import Blocks
-from tersely.plan.cost import micro_batch_tokens
 from tersely.plan.recipe import Drop
-from tersely.rotation import stored_in, units_of
-from tersely.shape.config import Written, key_of
+from tersely.rewriting import stored_in, units_of
+from tersely.shape.config import key_of
+from tersely.shape.setup import Setup, Written
 from tersely.stream import stream
 from tersely.writer import Writer
 
-Say = Callable[[str, float], None]
 CHOICE = "choice"
 """The unit in which a writer keeps what was chosen."""
 _STATES_BYTES = 256 << 20
@@ -95,32 +94,20 @@ def stacks_of(graph: Graph, step: Drop) -> list[_Stack]:
     return found
 
 
-def drop(
-    checkpoint: Checkpoint,
-    graph: Graph,
-    step: Drop,
-    data: Sequences | None,
-    writer: Writer,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    say: Say,
-) -> Written:
+def drop(checkpoint: Checkpoint, graph: Graph, step: Drop, writer: Writer, setup: Setup) -> Written:
     """Write the units of the shorter model."""
-    assert data is not None
     stacks = stacks_of(graph, step)
     if not writer.done(CHOICE):
-        plain = not graph.has_experts and graph.family.auto_class == "CausalLM"
-        batches = micro_batches(data, tokens=micro_batch_tokens(graph, dtype), pad=plain)
-        alike = _similarities(checkpoint, graph, batches, dtype, device, say) if step.method.similarity else None
+        batches = setup.batches(graph)
+        alike = _similarities(checkpoint, graph, batches, setup) if step.method.similarity else None
         asked = 0
 
         def losses(sets: Sequence[frozenset[int]]) -> list[float]:
             nonlocal asked
-            say(f"losses without blocks, {asked + len(sets)} so far", 0.5)
+            setup.say(f"losses without blocks, {asked + len(sets)} so far", 0.5)
             asked += len(sets)
             named = [frozenset(graph.units[b] for b in own) for own in sets]
-            return _losses(checkpoint, graph, batches, named, dtype, device)
+            return _losses(checkpoint, graph, batches, named, setup)
 
         chosen = {}
         for stack in stacks:
@@ -135,8 +122,6 @@ def drop(
         names = {new: w.name for w in weights if (new := _renamed(graph, w.name, gone)) is not None}
         if names:
             files[file] = names
-    if graph.extra:
-        files["extra"] = {name: name for name in graph.extra}
     for file, names in files.items():
         if not writer.done(file):
             writer.put(file, stored_in(checkpoint, names), {})
@@ -203,14 +188,7 @@ def _listed(headers: Checkpoint, blocks: int) -> dict[str, list[Any]]:
     }
 
 
-def _similarities(
-    checkpoint: Checkpoint,
-    graph: Graph,
-    batches: Sequence[MicroBatch],
-    dtype: torch.dtype,
-    device: torch.device,
-    say: Say,
-) -> Tensor:
+def _similarities(checkpoint: Checkpoint, graph: Graph, batches: Sequence[MicroBatch], setup: Setup) -> Tensor:
     """Mean cosine of all pairs of states, (S, S) float64: what came to each block of the model, and what it gave.
 
     First tokens of sequences are left out: nothing comes before them, and their size is another.
@@ -226,12 +204,12 @@ def _similarities(
             batches,
             measured={},
             replaced=lambda _: {},
-            dtype=dtype,
-            device=device,
+            dtype=setup.dtype,
+            device=setup.device,
             suspend=False,
         )
     ):
-        say(f"{stop.unit}, states", number / len(graph.units))
+        setup.say(f"{stop.unit}, states", number / len(graph.units))
         for side in (0, 1):
             seen = [_tokens(batch, pair[side], every) for batch, pair in zip(batches, stop.passed, strict=True)]
             states.append(torch.nn.functional.normalize(torch.cat(seen).float(), dim=-1).cpu())
@@ -264,12 +242,11 @@ def _losses(
     graph: Graph,
     batches: Sequence[MicroBatch],
     sets: Sequence[frozenset[str]],
-    dtype: torch.dtype,
-    device: torch.device,
+    setup: Setup,
 ) -> list[float]:
     """The loss, nats a token, of the model without each set of blocks; as many models at once as memory takes."""
     tokens = sum(batch.ids_BL.numel() for batch in batches)
-    together = max(1, _HIDDEN_BYTES // max(1, 2 * tokens * graph.sizes["residual"] * dtype.itemsize))
+    together = max(1, _HIDDEN_BYTES // max(1, 2 * tokens * graph.sizes["residual"] * setup.dtype.itemsize))
     losses: list[float] = []
     for begin in range(0, len(sets), together):
         own = sets[begin : begin + together]
@@ -285,8 +262,8 @@ def _losses(
             [batch for batch, _ in order],
             measured={},
             replaced=lambda _: {},
-            dtype=dtype,
-            device=device,
+            dtype=setup.dtype,
+            device=setup.device,
             suspend=False,
             skipped=[skipped for _, skipped in order],
             logits=add,

@@ -9,30 +9,24 @@ Shapes: T tokens, I inputs of an MLP, N its neurons, E experts, K neurons of an 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tersely.calibrate import Sequences, micro_batches
-from tersely.checkpoint import Checkpoint, TensorSpec, open_checkpoint
+from tersely.checkpoint import Checkpoint, TensorSpec
 from tersely.errors import UsageError
 from tersely.families import Axis, Row, mixtures, rows_of
 from tersely.graph import Graph, Weight, read_graph
 from tersely.methods.split import Block, Split
-from tersely.plan.cost import micro_batch_tokens
-from tersely.rotation import stored_in
+from tersely.rewriting import stored_in, units_of
+from tersely.shape.setup import Setup, Written
 from tersely.stream import Value, stream
 from tersely.writer import Writer
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it that is done, 0 to 1."""
 
 _DENSE, _EXPERT, _ROUTER = "mlp", "expert", "router"
 """Spaces: of the neurons of a dense block, of those of an expert, of what a router gives."""
@@ -72,59 +66,30 @@ def planned(checkpoint: Checkpoint, graph: Graph, method: Split) -> Checkpoint:
             _add(specs, weight, path, shape)
         if _DENSE in weight.reads.spaces:
             _add(specs, weight, rows[1].path, (method.experts, graph.sizes["residual"]))
-    return Checkpoint(
-        path=checkpoint.path,
-        source=checkpoint.source,
-        config=config,
-        specs=specs,
-        weight_files=checkpoint.weight_files,
-        companions=checkpoint.companions,
-        left_behind=checkpoint.left_behind,
-    )
+    return checkpoint.with_headers(config, specs)
 
 
-def split(
-    checkpoint: Checkpoint,
-    graph: Graph,
-    sequences: Sequences,
-    method: Split,
-    folder: Path,
-    facts: Mapping[str, Any],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
-    resume: bool,
-    say: Progress,
-) -> Checkpoint:
-    """Write the mixture to `folder`, block by block; one that lies there whole is taken as it is.
+def split(checkpoint: Checkpoint, graph: Graph, method: Split, writer: Writer, setup: Setup) -> Written:
+    """Write the units of the mixture, block by block.
 
-    dtype: in which the calibration text runs. Raises the errors of `planned` and of the writer, and UsageError for
-    texts that are too few.
+    Raises the errors of `planned` and of the writer, and UsageError for texts that are too few.
     """
-    if resume and folder.is_dir():
-        return open_checkpoint(folder)
-    source = _Source(checkpoint, graph, device, dtype, sequences)
+    source = _Source(checkpoint, graph, setup)
     mixture = planned(checkpoint, graph, method)
     target = read_graph(mixture)
-    units = ["outside", *(f"block-{number:05d}" for number in range(len(target.units)))]
-    files = dict(zip(target.units, units[1:], strict=True))
-    writer = Writer(folder, facts, resume=resume)
-    try:
-        if not writer.done("outside"):
-            kept = [w.name for w in target.unit("")]
-            writer.put("outside", stored_in(checkpoint, {name: name for name in (*kept, *target.extra)}), {})
-        if not all(map(writer.done, units)):
-            if method.by_text and not writer.done(_DOMAINS):
-                writer.put(_DOMAINS, _domains(source, method, seed, say), {})
-            for unit, tensors, shares in _made(source, mixture, target, method, writer, files, say):
-                writer.put(files[unit], tensors, {"shares": shares})
-        companions = {name: checkpoint.path / name for name in checkpoint.companions}
-        config = (json.dumps(mixture.config, indent=2, ensure_ascii=False) + "\n").encode()
-        writer.finish(units, {**companions, "config.json": config})
-    finally:
-        writer.close()
-    return open_checkpoint(folder)
+    files = units_of(target)
+    for file, weights in files.items():
+        if not weights[0].unit and not writer.done(file):
+            writer.put(file, stored_in(checkpoint, {w.name: w.name for w in weights}), {})
+    blocks = {weights[0].unit: file for file, weights in files.items() if weights[0].unit}
+    if not all(map(writer.done, files)):
+        if method.by_text and not writer.done(_DOMAINS):
+            writer.put(_DOMAINS, _domains(source, method), {})
+        for unit, tensors, shares in _made(source, mixture, target, method, writer, blocks):
+            writer.put(blocks[unit], tensors, {"shares": shares})
+    shares = [share for file in blocks.values() for share in writer.facts(file)["shares"]]
+    told = f"each expert has {min(shares):.1%} to {max(shares):.1%} of its block's tokens"
+    return Written(list(files), dict(mixture.config), {}, [told])
 
 
 @dataclass(frozen=True)
@@ -133,9 +98,7 @@ class _Source:
 
     checkpoint: Checkpoint
     graph: Graph
-    device: torch.device
-    dtype: torch.dtype
-    sequences: Sequences
+    setup: Setup
 
     def stage(self, unit: str) -> str:
         """Where a block's MLP begins."""
@@ -143,7 +106,7 @@ class _Source:
 
     def value(self, weight: Weight) -> Tensor:
         """A linear weight, (outputs, inputs), float32."""
-        stored = self.checkpoint[weight.name].to(self.device).float()
+        stored = self.checkpoint[weight.name].to(self.setup.device).float()
         return stored.t() if weight.transposed else stored
 
     def down(self, unit: str) -> Tensor:
@@ -165,10 +128,10 @@ class _Source:
         return activations
 
 
-def _domains(source: _Source, method: Split, seed: int, say: Progress) -> dict[str, Tensor]:
+def _domains(source: _Source, method: Split) -> dict[str, Tensor]:
     """The mean |activation| of the neurons on each domain, (E, N), by block."""
-    graph = source.graph
-    batches = micro_batches(source.sequences, tokens=micro_batch_tokens(graph, source.dtype), pad=True)
+    graph, setup = source.graph, source.setup
+    batches = setup.batches(graph)
     order = torch.tensor([index for batch in batches for index in batch.index])
     activity: dict[str, Tensor] = {}
     for stop in stream(
@@ -177,12 +140,12 @@ def _domains(source: _Source, method: Split, seed: int, say: Progress) -> dict[s
         batches,
         measured={unit: {source.stage(unit): method.needs} for unit in graph.units},
         replaced=lambda _unit: {},
-        dtype=source.dtype,
-        device=source.device,
+        dtype=setup.dtype,
+        device=setup.device,
         suspend=False,
     ):
         if stop.stage is not None:
-            say(f"{stop.unit} texts", len(activity) / len(graph.units) / 2)
+            setup.say(f"{stop.unit} texts", len(activity) / len(graph.units) / 2)
             (stats,) = stop.statistics.values()
             neurons = source.neurons(stop.unit)
             means = [
@@ -192,8 +155,8 @@ def _domains(source: _Source, method: Split, seed: int, say: Progress) -> dict[s
             activity[stop.unit] = torch.empty_like(rows := torch.stack(means)).index_copy_(
                 0, order.to(rows.device), rows
             )
-    domain_S = method.group(list(activity.values()), seed)
-    tokens_S = torch.tensor([len(ids_L) for ids_L in source.sequences.ids], device=domain_S.device)
+    domain_S = method.group(list(activity.values()), setup.seed)
+    tokens_S = torch.tensor([len(ids_L) for ids_L in setup.ids], device=domain_S.device)
     share_ES = torch.nn.functional.one_hot(domain_S, method.experts).t() * tokens_S.float()
     share_ES = share_ES / share_ES.sum(1, keepdim=True)
     return {unit: share_ES @ activity_SN for unit, activity_SN in activity.items()}
@@ -206,9 +169,9 @@ def _made(
     method: Split,
     writer: Writer,
     files: Mapping[str, str],
-    say: Progress,
 ) -> Iterator[tuple[str, dict[str, Tensor], list[float]]]:
     """The tensors of each block of the mixture that is not written yet, and the shares of tokens of its experts."""
+    setup = source.setup
     activity = writer.tensors(_DOMAINS) if method.by_text else {}
     undone = [unit for unit in target.units if not writer.done(files[unit])]
 
@@ -216,30 +179,30 @@ def _made(
         """A finished block runs with what was written; of a new one, experts and router are still to come."""
         if unit not in undone:
             return {name: Value(tensor) for name, tensor in writer.tensors(files[unit]).items()}
-        nothing = torch.zeros((), dtype=source.dtype, device=source.device)
+        nothing = torch.zeros((), dtype=setup.dtype, device=setup.device)
         return {w.name: Value(nothing.expand(w.spec.shape)) for w in target.unit(unit) if _new(w)}
 
     for stop in stream(
         mixture,
         target,
-        micro_batches(source.sequences, tokens=micro_batch_tokens(target, source.dtype), pad=False),
+        setup.batches(target),
         measured={unit: {source.stage(unit): method.needs} for unit in undone},
         replaced=replaced,
-        dtype=source.dtype,
-        device=source.device,
+        dtype=setup.dtype,
+        device=setup.device,
         suspend=False,
     ):
         if stop.stage is None:
             continue
         unit, own = stop.unit, {w.name: w for w in target.unit(stop.unit) if _new(w)}
-        say(f"{unit} experts", 0.5 + target.units.index(unit) / len(target.units) / 2)
+        setup.say(f"{unit} experts", 0.5 + target.units.index(unit) / len(target.units) / 2)
         router = next(w for w in own.values() if w.role == _ROUTER)
         made = method(
             Block(
                 x_TI=torch.cat(stop.statistics[router.statistics].inputs),
                 neurons=source.neurons(unit),
                 down_ON=source.down(unit),
-                activity_EN=activity[unit].to(source.device) if method.by_text else None,
+                activity_EN=activity[unit].to(setup.device) if method.by_text else None,
                 dtype=router.spec.dtype,
             )
         )

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tersely.calibrate import MicroBatch
 from tersely.errors import DataError, UsageError
 from tersely.graph import Graph, Piece, Weight, filled, slot
-from tersely.methods.cut.compresso import LIMIT, Compresso, drawn, open_chance, settled
+from tersely.methods.cut import Gating
 from tersely.methods.protocol import Work
 from tersely.methods.tune.protocol import Progress
 from tersely.methods.tune.text import micro_tokens, scheduled
@@ -51,13 +51,13 @@ def train_gates(
     graph: Graph,
     keep: Mapping[Place, int],
     sequences: Sequence[Tensor],
-    settings: Compresso,
+    settings: Gating,
     *,
     prompt: Sequence[int] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainedGates:
-    """Learn which structures to keep, `keep` of each place, and adapters of the weights; see `Compresso`.
+    """Learn which structures to keep, `keep` of each place, and adapters of the weights; see `Gating`.
 
     network: as transformers loads it, in float32, which stays as it is; graph: of its checkpoint. keep: at least 1 of
     each place, at most its count. sequences: token ids of the calibration text, 1-D each. prompt: token ids of
@@ -68,9 +68,11 @@ def train_gates(
     no sequences.
     """
     if graph.family.auto_class != "CausalLM":
-        raise UsageError(f"compresso trains causal language models, this one is {graph.model_type}; use magnitude")
+        raise UsageError(
+            f"{settings.name} trains causal language models, this one is {graph.model_type}; use weight_norm"
+        )
     if not sequences:
-        raise DataError("compresso has no calibration sequences; give 1 or more, better 1000")
+        raise DataError(f"{settings.name} has no calibration sequences; give 1 or more, better 1000")
     check_gates(graph, keep)
     texts = _with_prompt(sequences, prompt)
     model = _Model(network, graph, [place for place, kept in keep.items() if kept < place.count], settings, seed)
@@ -84,14 +86,14 @@ def train_gates(
         after = batches(settings.recovery_tokens, seed + 1)
         losses = _learn(model, learned, keep, settings, len(prompt), len(learned) + len(after), progress)
         scores = {place: value.detach().cpu() for place, value in model.log_alpha.items()}
-        values = {place: settled(score, keep[place], soft=settings.soft) for place, score in scores.items()}
+        values = {place: settings.settled(score, keep[place]) for place, score in scores.items()}
         losses += _recover(model, after, values, settings, len(prompt), len(learned), progress)
-    closed = {place: 1 - open_chance(score).mean().item() for place, score in scores.items()}
+    closed = {place: 1 - settings.open_chance(score).mean().item() for place, score in scores.items()}
     whole = {place: torch.ones(place.count) for place in keep if place not in scores}
     return TrainedGates({**whole, **scores}, {**whole, **values}, model.merged(), closed, tuple(losses))
 
 
-def gates_work(graph: Graph, places: Collection[Place], settings: Compresso, *, context: int) -> Work:
+def gates_work(graph: Graph, places: Collection[Place], settings: Gating, *, context: int) -> Work:
     """What `train_gates` costs on sequences of `context` tokens.
 
     memory counts the model in float32, the gated weights with their gradients, adapters, and a micro-batch's
@@ -127,7 +129,7 @@ def _learn(
     model: _Model,
     batches: Sequence[Sequence[MicroBatch]],
     keep: Mapping[Place, int],
-    settings: Compresso,
+    settings: Gating,
     prompt: int,
     steps: int,
     progress: Progress | None,
@@ -149,7 +151,7 @@ def _learn(
         optimizer.zero_grad()
         losses.append(_backward(model, batch, None, prompt))
         ramp = min(1.0, (step + 1) / (settings.warm_up * len(batches))) if settings.warm_up else 1.0
-        closed = [1 - open_chance(own).mean() for own in model.log_alpha.values()]
+        closed = [1 - settings.open_chance(own).mean() for own in model.log_alpha.values()]
         if closed:
             too_many_S = torch.stack(closed) - ramp * goals_S
             penalty: Tensor = (lambdas_2S * torch.stack([too_many_S, too_many_S.square()])).sum()
@@ -157,7 +159,7 @@ def _learn(
         optimizer.step()
         with torch.no_grad():
             for own in model.log_alpha.values():
-                own.clamp_(-LIMIT, LIMIT)
+                own.clamp_(-settings.limit, settings.limit)
         if progress is not None:
             progress(f"step {step + 1} of {steps}, loss {losses[-1]:.4g}", (step + 1) / steps)
     return losses
@@ -167,7 +169,7 @@ def _recover(
     model: _Model,
     batches: Sequence[Sequence[MicroBatch]],
     values: Mapping[Place, Tensor],
-    settings: Compresso,
+    settings: Gating,
     prompt: int,
     done: int,
     progress: Progress | None,
@@ -210,7 +212,7 @@ def _scored(batch: MicroBatch, prompt: int) -> Tensor:
     return scored
 
 
-def _adapted(graph: Graph, settings: Compresso) -> list[Weight]:
+def _adapted(graph: Graph, settings: Gating) -> list[Weight]:
     """The weights that have adapters."""
     if not settings.rank:
         return []
@@ -221,10 +223,8 @@ def _adapted(graph: Graph, settings: Compresso) -> list[Weight]:
 class _Model:
     """The network with gates and adapters on its weights."""
 
-    def __init__(
-        self, network: nn.Module, graph: Graph, places: Sequence[Place], settings: Compresso, seed: int
-    ) -> None:
-        self._network, self._autocast, self._scale = network, settings.autocast, settings.scale
+    def __init__(self, network: nn.Module, graph: Graph, places: Sequence[Place], settings: Gating, seed: int) -> None:
+        self._network, self._settings = network, settings
         self._shared = {name: p.detach() for name, p in network.named_parameters()}
         self.device = next(iter(self._shared.values())).device
         self._chance = torch.Generator().manual_seed(seed)
@@ -249,14 +249,14 @@ class _Model:
         found = {}
         for place, own in self.log_alpha.items():
             uniform_G = torch.rand(len(own), generator=self._chance).clamp(_LEAST, 1 - _LEAST)
-            found[place] = drawn(own, uniform_G.to(self.device))
+            found[place] = self._settings.drawn(own, uniform_G.to(self.device))
         return found
 
     def loss(self, batch: MicroBatch, scored: Tensor, gates: Mapping[Place, Tensor]) -> Tensor:
         """Sum over the scored tokens of -log p(token)."""
         ids_BL = batch.ids_BL.to(self.device)
         parameters = {**self._shared, **self._own(gates)}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._settings.autocast):
             output: Any = functional_call(self._network, parameters, (ids_BL[:, :-1],), {"use_cache": False})
         keep = scored.to(self.device)
         return cross_entropy(output.logits[keep].float(), ids_BL[:, 1:][keep], reduction="sum")
@@ -286,7 +286,7 @@ class _Model:
         if piece.weight.name not in self._adapters:
             return value
         up_OR, down_RI = self._adapters[piece.weight.name]
-        change_OI = self._scale * (up_OR @ down_RI)
+        change_OI = self._settings.scale * (up_OR @ down_RI)
         return value + (change_OI.t() if piece.weight.transposed else change_OI)
 
     def _own(self, gates: Mapping[Place, Tensor]) -> dict[str, Tensor]:

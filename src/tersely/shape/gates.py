@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tersely.bases import axes
 from tersely.errors import UsageError
 from tersely.graph import Graph, Weight
-from tersely.rebase import axes
 from tersely.shape.structures import Place
 
 

@@ -30,8 +30,8 @@ _FEWEST = 1.0
 class Refitted:
     """A weight after some of its inputs were cut."""
 
-    weight_OI: Tensor
-    """In its dtype, on its device, with zeros where inputs are cut."""
+    weight_OK: Tensor
+    """Of the kept inputs, in its dtype, on its device."""
     bias_O: Tensor | None
     """float32."""
     note: str = ""
@@ -41,7 +41,7 @@ class Refitted:
 def refitted(weight_OI: Tensor, bias_O: Tensor | None, stats: Statistics | None, kept_K: Tensor) -> Refitted:
     """The weight that makes up best for the inputs that are cut; worked on a few rows at a time.
 
-    kept_K: the inputs that stay. stats: of the inputs, with a Gram matrix and, for a bias, means.
+    kept_K: the inputs that stay, ascending. stats: of the inputs, with a Gram matrix and, for a bias, means.
     """
     columns = weight_OI.shape[1]
     cut_I = torch.ones(columns, dtype=torch.bool)
@@ -50,20 +50,20 @@ def refitted(weight_OI: Tensor, bias_O: Tensor | None, stats: Statistics | None,
     mean_I = None if stats is None or bias_O is None else stats.mean_I
     share_KR, note = _share(stats, mean_I, kept_K, cut_R, columns)
     device = share_KR.device if share_KR is not None else weight_OI.device
-    new_OI = torch.empty_like(weight_OI)
-    moved = []
+    kept, cut, moved = kept_K.to(device), cut_R.to(device), []
+    new_OK = weight_OI.new_empty((len(weight_OI), len(kept_K)))
     step = max(1, _SLAB // columns)
     for start in range(0, len(weight_OI), step):
         before = weight_OI[start : start + step].to(device).float()
-        after = before.masked_fill(cut_I.to(device), 0.0)
+        after = before[:, kept]
         if share_KR is not None:
-            after[:, kept_K.to(device)] += before[:, cut_R.to(device)] @ share_KR.t()
+            after += before[:, cut] @ share_KR.t()
             if mean_I is not None:
-                moved.append((before - after) @ mean_I)
-        new_OI[start : start + step] = after.to(new_OI)
+                moved.append(before @ mean_I - after @ mean_I[kept])
+        new_OK[start : start + step] = after.to(new_OK)
     if bias_O is not None and moved:
         bias_O = bias_O.to(device).float() + torch.cat(moved)
-    return Refitted(new_OI, bias_O, note)
+    return Refitted(new_OK, bias_O, note)
 
 
 def _share(

@@ -5,23 +5,22 @@ Shapes: G structures, D coordinates that a space has for each, N coordinates of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tersely.calibrate import MicroBatch
 from tersely.checkpoint import Checkpoint
 from tersely.graph import Graph, Weight
 from tersely.measure import Statistics
 from tersely.methods.cut import Importance, Structures
+from tersely.shape.setup import Setup
 from tersely.shape.structures import Place, members, reader
-from tersely.stream import stream
+from tersely.stream import SURVEY, stream
 from tersely.stream.gradients import gradients
 from tersely.stream.sums import Gradient
 
-Say = Callable[[str, float], None]
 Key = tuple[str, str]
 """Unit and name of the activations (Weight.statistics)."""
 
@@ -41,37 +40,57 @@ def score(
     graph: Graph,
     places: Sequence[Place],
     method: Importance,
-    batches: Sequence[MicroBatch],
-    sequences: Sequence[Tensor],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    say: Say,
+    setup: Setup,
     given: Sequence[Tensor] | None = None,
 ) -> Scored:
-    """Score all places with what the method asks to be measured. batches: none where nothing is measured; given: what
-    the training of gates has found, for methods that need that."""
+    """Score all places with what the method asks to be measured. given: what the training of gates has found, for
+    methods that need that."""
     hidden = any(place.kind == "hidden" for place in places)
     needs = method.needs & {"activity", "routed"}
-    measured: dict[Key, Statistics] = {}
-    if batches and (needs or hidden):
-        measured = _measured(checkpoint, graph, places, needs, batches, dtype=dtype, device=device, say=say)
+    found: dict[Key, Statistics] = {}
+    if setup.data and (needs or hidden):
+        found = dict(measured(checkpoint, graph, _asked(graph, places, needs), setup, "what is active"))
     if method.needs & {"gradient", "fisher"}:
-        scores = _from_gradients(checkpoint, graph, places, method, sequences, device=device, seed=seed, say=say)
+        scores = _from_gradients(checkpoint, graph, places, method, setup)
     else:
         read = reader(checkpoint)
         scores = []
         for number, place in enumerate(places):
-            structures = _structures(graph, place, measured, _Members(graph, place, read, None))
+            structures = _structures(graph, place, found, _Members(graph, place, read, None))
             structures = structures if given is None else replace(structures, gates_G=given[number])
-            scores.append(method(structures, seed + number).cpu())
+            scores.append(method(structures, setup.seed + number).cpu())
     moments = {
         key: (stats.mean_I.cpu(), (stats.squares_I / stats.tokens).cpu())
-        for key, stats in measured.items()
+        for key, stats in found.items()
         if stats.squares_I is not None and stats.mean_I is not None
     }
     return Scored(_agreed(places, scores), moments)
+
+
+def measured(
+    checkpoint: Checkpoint, graph: Graph, asked: Mapping[str, Mapping[str, frozenset[str]]], setup: Setup, what: str
+) -> Iterator[tuple[Key, Statistics]]:
+    """Run the text through the model as it lies; statistics of the activations that are asked for: unit ("": the head)
+    -> stage -> needs. One unit's are held at a time."""
+    head = asked.get("", {})
+    for number, stop in enumerate(
+        stream(
+            checkpoint,
+            graph,
+            setup.batches(graph),
+            measured={"": head} if head else {},
+            surveyed={unit: stages for unit, stages in asked.items() if unit and stages},
+            replaced=lambda _: {},
+            dtype=setup.dtype,
+            device=setup.device,
+            suspend=False,
+        )
+    ):
+        setup.say(f"{stop.unit or 'head'}, {what}", number / (2 * len(graph.units) + 1))
+        if stop.stage == SURVEY or not stop.unit:
+            # A head that is the embedding has the embedding's name.
+            for name, own in stop.statistics.items():
+                yield (stop.unit, name if stop.unit else graph.head_space), own
 
 
 def normalized_energy(checkpoint: Checkpoint, graph: Graph, norm: Weight, mean_N: Tensor, square_N: Tensor) -> Tensor:
@@ -128,22 +147,12 @@ class _Members:
         return members(self.graph, self.place, self.read, self.gradients)  # type: ignore[arg-type]
 
 
-def _measured(
-    checkpoint: Checkpoint,
-    graph: Graph,
-    places: Sequence[Place],
-    needs: frozenset[str],
-    batches: Sequence[MicroBatch],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    say: Say,
-) -> dict[Key, Statistics]:
-    surveyed: dict[str, dict[str, frozenset[str]]] = {}
-    head: dict[str, frozenset[str]] = {}
+def _asked(graph: Graph, places: Sequence[Place], needs: frozenset[str]) -> dict[str, dict[str, frozenset[str]]]:
+    """What is to be measured to score places."""
+    asked: dict[str, dict[str, frozenset[str]]] = {}
 
     def ask(unit: str, stage: str, own: frozenset[str]) -> None:
-        stages = surveyed.setdefault(unit, {}) if unit else head
+        stages = asked.setdefault(unit, {})
         stages[stage] = stages.get(stage, frozenset()) | own
 
     for place in places:
@@ -157,22 +166,7 @@ def _measured(
         else:
             stage = next(w.stage for w in graph.unit(place.unit) if w.kind == "linear" and place.read in w.reads.spaces)
             ask(place.unit, stage, needs)
-    found: dict[Key, Statistics] = {}
-    for stop in stream(
-        checkpoint,
-        graph,
-        batches,
-        measured={"": head} if head else {},
-        surveyed=surveyed,
-        replaced=lambda _: {},
-        dtype=dtype,
-        device=device,
-        suspend=False,
-    ):
-        say(f"{stop.unit or 'head'}, what is active", len(found) / (len(surveyed) + 1))
-        # A head that is the embedding has the embedding's name.
-        found |= {(stop.unit, name if stop.unit else graph.head_space): own for name, own in stop.statistics.items()}
-    return found
+    return asked
 
 
 def _structures(graph: Graph, place: Place, measured: Mapping[Key, Statistics], own: _Members) -> Structures:
@@ -204,30 +198,22 @@ def _structures(graph: Graph, place: Place, measured: Mapping[Key, Statistics], 
 
 
 def _from_gradients(
-    checkpoint: Checkpoint,
-    graph: Graph,
-    places: Sequence[Place],
-    method: Importance,
-    sequences: Sequence[Tensor],
-    *,
-    device: torch.device,
-    seed: int,
-    say: Say,
+    checkpoint: Checkpoint, graph: Graph, places: Sequence[Place], method: Importance, setup: Setup
 ) -> list[Tensor]:
     """Scores with the gradients of one unit at a time; of what runs through the model, the units' scores are added."""
     read = reader(checkpoint)
     wanted = [w.name for w in graph.weights if any(place.made_of(w) for place in places)]
     scores = [torch.zeros(place.count, dtype=torch.float64) for place in places]
     steep = gradients(
-        checkpoint, graph, sequences, wanted=wanted, device=device, needs=method.needs & {"gradient", "fisher"}
+        checkpoint, graph, setup.ids, wanted=wanted, device=setup.device, needs=method.needs & {"gradient", "fisher"}
     )
     for done, (unit, own) in enumerate(steep):
-        say(f"{unit or 'head'}, gradients of the loss", done / (len(graph.units) + 1))
+        setup.say(f"{unit or 'head'}, gradients of the loss", done / (len(graph.units) + 1))
         for number, place in enumerate(places):
             if place.unit in ("", unit) and any(place.made_of(graph.weight(name)) for name in own):
                 here = place if place.unit else Place(place.kind, unit, place.count, place.spaces, place.read)
                 structures = Structures(place.kind, place.count, _Members(graph, here, read, own))
-                scores[number] += method(structures, seed + number).double().cpu()
+                scores[number] += method(structures, setup.seed + number).double().cpu()
     return scores
 
 

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tersely.bases import Index, axes, coordinates_first
 from tersely.errors import UsageError
 from tersely.graph import Graph, Weight
 from tersely.methods.cut import Kind, Member
-from tersely.rebase import Index, axes, coordinates_first
 from tersely.stream.sums import Gradient
 
 KINDS: tuple[Kind, ...] = ("neurons", "heads", "hidden", "experts")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tersely.errors import UsageError
-from tersely.methods.cut.protocol import Kind, Structures
+from tersely.methods.cut.protocol import Gating, Kind, Structures
 from tersely.methods.tune.protocol import check_counts, check_rates, check_share
 
 BETA = 2 / 3
@@ -26,7 +26,7 @@ LIMIT = math.log(100)
 
 @final
 @dataclass(frozen=True)
-class Compresso:
+class Compresso(Gating):
     """Learns a hard concrete gate for every structure, under a Lagrangian that keeps as many open as shall be left.
 
         u ~ U(0, 1)
@@ -44,36 +44,8 @@ class Compresso:
 
     name: ClassVar[str] = "compresso"
 
-    tokens: int = 300_000
-    """That pass through the model while gates are learned."""
-    recovery_tokens: int = 150_000
-    """That pass through it afterwards, with gates that stand still."""
-    batch: int = 512
-    """Tokens of a step."""
-    warm_up: float = 0.5
-    """Share of the tokens over which the share to cut grows."""
-    start: float = 2.5
-    """log alpha at the start."""
-    gate_rate: float = 0.1
-    """Of log alpha."""
-    penalty_rate: float = 0.1
-    """Of both lambdas."""
-    rate: float = 0.001
-    """Of the adapters while gates are learned."""
-    recovery_rate: float = 0.001
-    """Of the adapters afterwards, where it falls to zero along half a cosine."""
     soft: bool = False
     """What stays keeps gates of sigmoid(0.8 log alpha / beta), as the authors have it; else of 1."""
-    rank: int = 8
-    """Of the adapters; 0: none."""
-    scale: float = 1.0
-    """Of what an adapter adds (the authors' alpha over rank)."""
-    all_linear: bool = False
-    """Adapters of all linear weights of the blocks, not of queries and values only."""
-    prompt: str = ""
-    """Text that stands before every sequence and may say that the model is being cut; it is not predicted."""
-    autocast: bool = False
-    """Products in bfloat16: faster on GPUs, and on CPUs that multiply it."""
 
     def __post_init__(self) -> None:
         check_counts(1, tokens=self.tokens, batch=self.batch)
@@ -104,22 +76,20 @@ class Compresso:
         assert structures.gates_G is not None
         return structures.gates_G.double()
 
+    @property
+    def limit(self) -> float:
+        return LIMIT
 
-def drawn(log_alpha_G: Tensor, uniform_G: Tensor) -> Tensor:
-    """Gates z, of uniform numbers that are above 0 and below 1; gradients flow to log alpha."""
-    s_G = torch.sigmoid((uniform_G.logit() + log_alpha_G) / BETA)
-    return (s_G * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+    def drawn(self, log_alpha_G: Tensor, uniform_G: Tensor) -> Tensor:
+        s_G = torch.sigmoid((uniform_G.logit() + log_alpha_G) / BETA)
+        return (s_G * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
+    def open_chance(self, log_alpha_G: Tensor) -> Tensor:
+        """P(z > 0) = sigmoid(log alpha - beta log(-gamma / zeta))."""
+        return torch.sigmoid(log_alpha_G - BETA * math.log(-_GAMMA / _ZETA))
 
-def open_chance(log_alpha_G: Tensor) -> Tensor:
-    """P(z > 0) = sigmoid(log alpha - beta log(-gamma / zeta))."""
-    return torch.sigmoid(log_alpha_G - BETA * math.log(-_GAMMA / _ZETA))
-
-
-def settled(log_alpha_G: Tensor, keep: int, *, soft: bool) -> Tensor:
-    """Gates that are no longer drawn: zero but for the `keep` largest log alpha (of equals, the first), which have
-    sigmoid(0.8 log alpha / beta) if `soft`, else 1."""
-    kept = log_alpha_G.sort(descending=True, stable=True).indices[:keep]
-    gate_G = torch.zeros_like(log_alpha_G)
-    gate_G[kept] = torch.sigmoid(_MAGIC * log_alpha_G[kept] / BETA) if soft else 1.0
-    return gate_G
+    def settled(self, log_alpha_G: Tensor, keep: int) -> Tensor:
+        kept = log_alpha_G.sort(descending=True, stable=True).indices[:keep]
+        gate_G = torch.zeros_like(log_alpha_G)
+        gate_G[kept] = torch.sigmoid(_MAGIC * log_alpha_G[kept] / BETA) if self.soft else 1.0
+        return gate_G

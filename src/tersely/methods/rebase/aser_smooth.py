@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tersely.bases import Diagonal
 from tersely.errors import UsageError
 from tersely.measure import Statistics
 from tersely.methods.encode.aser import aser_scale
-from tersely.rebase import Diagonal
 
 
 @dataclass(frozen=True)

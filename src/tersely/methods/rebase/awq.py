@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tersely.bases import Diagonal
 from tersely.codecs import IntegerForm
 from tersely.codecs.integer import Clip, check_grid, check_group, fit_grid, round_to_grid
 from tersely.errors import UsageError
 from tersely.measure import Statistics
-from tersely.rebase import Diagonal
 
 _FLOOR = 1e-4
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tersely.bases import Orthogonal
 from tersely.hadamard import orthogonal
 from tersely.measure import Statistics
-from tersely.rebase import Orthogonal
 
 
 @dataclass(frozen=True)

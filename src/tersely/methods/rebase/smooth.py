@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tersely.bases import Diagonal
 from tersely.errors import UsageError
 from tersely.measure import Statistics
-from tersely.rebase import Diagonal
 
 _FLOOR = 1e-5
 
