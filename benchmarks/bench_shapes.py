@@ -42,7 +42,7 @@ Steps = list[dict[str, Any]]
 TARGETS = (0.1, 0.2, 0.4)
 NEAR = 0.04
 SEQUENCES = 64
-"""That calibrate a smaller shape."""
+"""That calibrate a smaller shape, where they are not trained on."""
 PEER = {
     "llmcompressor": (
         "llm_compressor.py",
@@ -93,7 +93,8 @@ def shapes() -> dict[str, Callable[[float], Steps]]:
     for method in ("minitron", "random"):
         rows[f"neurons, {method}, not refitted"] = cut("neurons", method, refit=False, **widths)
     rows["neurons and heads, minitron"] = cut("neurons|heads", "minitron", **widths)
-    for method in ("slicegpt", "minitron", "random"):
+    rows["neurons, compresso"] = cut("neurons", "compresso", **widths)
+    for method in ("slicegpt", "minitron", "weight_norm", "random"):
         rows[f"hidden, {method}"] = cut("hidden", method, **hidden)
     rows["hidden, slicegpt, not refitted"] = cut("hidden", "slicegpt", refit=False, **hidden)
     rows["hidden and neurons, slicegpt and minitron"] = lambda ratio: [
@@ -140,7 +141,8 @@ def measured(
     source, out = assets / "models" / model, work / "out"
     text, evaluate = data_of(model, assets, work)
     samples, context = CALIBRATION[model]
-    calibration = (samples if target is None else SEQUENCES, context)
+    few = target is not None and not name.endswith("compresso")
+    calibration = (SEQUENCES if few else samples, context)
     report, seconds, peak = compressed(source, out, steps, calibration, text, work)
     facts, _, _ = run([*TERSELY, "evaluate", str(out), "--against", str(source), *evaluate, "--no-store", "--json"])
     apart = facts["text"]["divergence"]

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TUNES
+from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TRIMS, TUNES
 
 PAGES = Path(__file__).parent.parent / "docs" / "methods"
-EVERY: dict[str, Any] = {method.name: method for method in (*METHODS, *REBASES, *TUNES, *CUTS, *DROPS, *SPLITS)}
+EVERY: dict[str, Any] = {method.name: method for method in (*METHODS, *REBASES, *TUNES, *CUTS, *DROPS, *SPLITS, *TRIMS)}
 
 
 def sections() -> Iterator[tuple[str, list[str]]]:

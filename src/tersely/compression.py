@@ -31,7 +31,7 @@ from tersely.job import Job, prepare
 from tersely.manifest import files, finished, report
 from tersely.measure import Statistics
 from tersely.plan.recipe import Recipe, Tuning
-from tersely.results import Report
+from tersely.results import Report, Reshaping
 from tersely.rotation import rotate
 from tersely.shape.run import reshape
 from tersely.shape.setup import Setup
@@ -39,6 +39,7 @@ from tersely.stored import groups_from_plain, leaf_name, open_stored
 from tersely.stream import Value
 from tersely.tuning import tune_whole
 from tersely.units import as_it_ran, encoded_free, files_of, keep, unit_of, units_of
+from tersely.vocabulary.trim import Plan, put_trimmed, told, trimmed_checkpoint
 from tersely.writer import Writer, refuse_existing, replace_file
 
 Progress = Callable[[str, float], None]
@@ -84,21 +85,28 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
     free = [change for change in job.recipe.changes if not change.needs]
     with workers() as pool, torch.no_grad():
         # Without data the first blocks are encoded while the source is hashed.
-        early = job.data is None and not resume and not free and not job.recipe.shapes
+        early = job.data is None and not resume and not free and not job.recipe.shapes and job.trim is None
         ahead = Ahead(pool, job, files_of(job)) if early else None
         facts = {
             "tersely": __version__,
             "source": job.origin.sha256(),
             "recipe": job.recipe.to_dict(),
             "calibration": None if job.data is None else job.data.sha256,
+            **({} if job.trim is None else {"tokens": job.trim.sha256}),
             "format": job.format,
             "compute": f"{job.device.type} {str(job.dtype).removeprefix('torch.')}",
         }
         if resume and job.out.is_dir():
             return finished(job, facts)
         whole = [tuning for tuning in job.recipe.tunings if tuning.whole]
-        beside = free or whole or job.recipe.shapes
+        if job.trim is not None and not job.steps and not job.recipe.shapes:
+            return replace(_trimmed(job, job.trim, facts, resume, say), seconds=time.perf_counter() - start)
+        beside = free or whole or job.recipe.shapes or job.trim
         with _between(job, facts, resume) if beside else nullcontext(Path()) as folder:
+            if job.trim is not None:
+                say("tokens that stay", 0.0)
+                made = trimmed_checkpoint(job.checkpoint, job.trim, folder / "trimmed", facts, resume)
+                job = replace(job, checkpoint=made, graph=read_graph(made), shapes=(_of_tokens(job, job.trim),))
             for number, step in enumerate(job.recipe.shapes):
                 part = _share(say, number, len(job.recipe.shapes) + bool(job.steps))
                 setup = Setup(job.data, facts, job.dtype, job.device, job.recipe.seed, resume, part)
@@ -121,6 +129,24 @@ def run(job: Job, *, resume: bool = False, progress: Progress | None = None) -> 
                 result = _encode(job, facts, measured, resume, pool, ahead, say)
     say("finished", 1.0)
     return replace(result, seconds=time.perf_counter() - start)
+
+
+def _trimmed(job: Job, trim: Plan, facts: Mapping[str, Any], resume: bool, say: Progress) -> Report:
+    """Write a model of which nothing changes but its vocabulary."""
+    writer = Writer(job.out, facts, resume=resume)
+    try:
+        units = put_trimmed(writer, job.checkpoint, job.graph, trim, say)
+        made = replace(job, checkpoint=trim.checkpoint, shapes=(_of_tokens(job, trim),))
+        return _finish(made, writer, facts, units, [])
+    finally:
+        writer.close()
+
+
+def _of_tokens(job: Job, trim: Plan) -> Reshaping:
+    """The trim as a step that left a smaller shape."""
+    assert job.recipe.trim is not None
+    before, after = job.checkpoint.parameters, trim.checkpoint.parameters
+    return Reshaping("tokens", job.recipe.trim.method.name, before, after, {}, told(trim.facts))
 
 
 @contextmanager

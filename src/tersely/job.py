@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from tersely.calibrate import Sequences, read_text, sequences
+from tersely.calibrate import DOCUMENT_SEPARATOR, Sequences, documents, read_text, sequences
 from tersely.checkpoint import Checkpoint, open_checkpoint
 from tersely.codecs import Scheme
 from tersely.codecs.low_rank import is_product
@@ -21,13 +22,19 @@ from tersely.graph import Graph, read_graph
 from tersely.plan.assignment import assign, spaces
 from tersely.plan.cost import Cost, estimate
 from tersely.plan.reading import load_recipe
-from tersely.plan.recipe import Recipe, Step
+from tersely.plan.recipe import Recipe, Step, Trim
 from tersely.rebase import check_rebase
 from tersely.results import Reshaping
 from tersely.rotation import places, planned, reader_columns, trial
 from tersely.runtime import find_device, load_tokenizer
 from tersely.shape.run import planned as reshaped
 from tersely.shape.run import work as shape_work
+from tersely.vocabulary.counting import Counted, count_texts
+from tersely.vocabulary.tokenizer import read_tokenizer
+from tersely.vocabulary.trim import Plan, companions_of, plan_trim, tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Job:
     dtype: torch.dtype
     """In which the calibration runs."""
     cost: Cost
+    trim: Plan | None
+    """Of the vocabulary; None where it stays."""
     shapes: tuple[Reshaping, ...] = ()
     """What steps have done that leave a smaller shape."""
 
@@ -60,10 +69,15 @@ def prepare(
     out: str | Path,
     *,
     calibration: str | Path | None = None,
+    corpus: Counted | None = None,
     format: Format | Literal["auto"] = "auto",
     device: str = "cpu",
 ) -> Job:
-    """Check everything that can be checked before work begins, and estimate the cost; writes nothing."""
+    """Check everything that can be checked before work begins, and estimate the cost; writes nothing.
+
+    corpus: the tokens of the texts by which a step trims the vocabulary (vocabulary.counting); by default those of
+    `calibration`.
+    """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     where = find_device(device)
@@ -71,7 +85,8 @@ def prepare(
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "an unnamed method")
         raise CheckpointError(f"{checkpoint.path} is quantized already ({method}); start from the original checkpoint")
-    shapes = [checkpoint]
+    trim = None if recipe.trim is None else _trim(checkpoint, recipe.trim, corpus, calibration)
+    shapes = [checkpoint if trim is None else trim.checkpoint]
     for number, step in enumerate(recipe.shapes):
         shapes.append(reshaped(shapes[-1], step, f"step {number + 1} ({step.method.name})"))
     graph = read_graph(shapes[-1])
@@ -91,17 +106,16 @@ def prepare(
                 "this recipe measures activations: give it text with --calibration FILE (a few hundred "
                 "pages like what the model will be used on), or take a data-free preset such as w4a16"
             )
-        tokenizer = load_tokenizer(checkpoint.path)
         data = sequences(
             read_text(calibration),
-            tokenizer,
+            load_tokenizer(checkpoint.path) if trim is None else _tokenizer(checkpoint, trim),
             context=min(recipe.calibration.context, _positions(checkpoint)),
             samples=recipe.calibration.samples,
             seed=recipe.seed,
             purpose="calibration",
             settings="--set calibration.",
         )
-    elif calibration is not None:
+    elif calibration is not None and (corpus is not None or recipe.trim is None or not recipe.trim.counts):
         raise UsageError(
             f"--calibration {calibration} has no effect: no step of this recipe measures anything; leave it out, "
             "or take a recipe that does, such as w4a16-gptq"
@@ -118,7 +132,7 @@ def prepare(
             shape_work(headers, step, lengths, dtype) for headers, step in zip(shapes, recipe.shapes, strict=False)
         ],
         output=_output_bytes(final, graph, schemes, chosen),
-        between=sum(2 * headers.nbytes for headers in shapes[1:])
+        between=sum(2 * headers.nbytes for headers in shapes[trim is None or not (steps or recipe.shapes) :])
         + (final.nbytes if free else 0)
         + (2 * _output_bytes(final, graph, schemes, "tersely") if any(t.whole for t in recipe.tunings) else 0),
         out=Path(out),
@@ -138,7 +152,39 @@ def prepare(
         where,
         dtype,
         cost,
+        trim,
     )
+
+
+def _trim(checkpoint: Checkpoint, step: Trim, corpus: Counted | None, calibration: str | Path | None) -> Plan:
+    """Which tokens stay."""
+    vocabulary = read_tokenizer(checkpoint)
+    if not step.counts:
+        if corpus is not None:
+            raise UsageError(f"a corpus has no effect: {step.method.name} counts no tokens; leave it out")
+    elif corpus is None:
+        if calibration is None:
+            raise UsageError(
+                f"{step.method.name} counts the tokens of a text: give it texts like what the model will be used on "
+                "with --corpus FILE ..., the more the better"
+            )
+        text = read_text(calibration)
+        corpus = count_texts(tokenizer_of(vocabulary), documents(text) if DOCUMENT_SEPARATOR in text else [text])
+    made = plan_trim(checkpoint, vocabulary, step, corpus)
+    if step.drop and (count := len(_tokenizer(checkpoint, made))) != made.facts.rows_after:
+        raise UsageError(
+            f"drop: transformers gives this tokenizer {count} tokens where {made.facts.rows_after} are left: its class "
+            "adds some of those that were dropped; leave them in"
+        )
+    return made
+
+
+def _tokenizer(checkpoint: Checkpoint, trim: Plan) -> PreTrainedTokenizerBase:
+    """That of the trimmed model, which is not written yet."""
+    with TemporaryDirectory() as folder:
+        for name, content in companions_of(checkpoint, trim.trimmed).items():
+            (Path(folder) / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
+        return load_tokenizer(folder)
 
 
 def _check_cache(recipe: Recipe, graph: Graph, format: Format) -> None:

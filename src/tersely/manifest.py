@@ -21,6 +21,7 @@ from tersely.report.page import Dossier, render
 from tersely.results import Report, Row
 from tersely.runtime.policy import CONFIG_KEY, policy_to_plain
 from tersely.stored import QUANT_METHOD, Entry, groups_to_plain
+from tersely.vocabulary.trim import companions_of
 from tersely.writer import FileContent, clear_work, differences
 
 
@@ -62,8 +63,8 @@ def files(
         "left_behind": list(job.origin.left_behind),
     }
     carried = {
-        name: job.origin.path / name
-        for name in job.origin.companions
+        name: content
+        for name, content in _companions(job).items()
         if name not in ("recipe.toml", "report.json", "report.html", "manifest.json")
     }
 
@@ -78,6 +79,13 @@ def files(
         "report.html": _page(report, manifest["versions"]),
         "manifest.json": seal,
     }
+
+
+def _companions(job: Job) -> Mapping[str, FileContent]:
+    """The other files of the model."""
+    if job.trim is not None:
+        return companions_of(job.origin, job.trim.trimmed)
+    return {name: job.origin.path / name for name in job.origin.companions}
 
 
 def fp8_cache(job: Job) -> bool:
@@ -120,6 +128,7 @@ def report(job: Job, plain: Sequence[Mapping[str, Any]], told: Sequence[str] = (
         parameters=parameters,
         notes=tuple(notes),
         shapes=job.shapes,
+        vocabulary=None if job.trim is None else job.trim.facts,
     )
 
 

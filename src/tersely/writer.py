@@ -14,6 +14,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,8 @@ from tersely.errors import CheckpointError, OutputError
 FileContent = bytes | Path | Callable[[Mapping[str, str]], bytes]
 """Bytes, a file to copy, or a function of the SHA-256 (hex) by name of all files written before it."""
 
+_LARGE = 1 << 20
+"""Bytes from which on a chunk is worth a thread."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNIT_NAME = re.compile(r"[a-z0-9._-]+")
 _ABSENT = object()
@@ -110,10 +113,17 @@ def _chunks(value: Tensor | Stored) -> Iterator[memoryview]:
 
 
 def _pour(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> str:
+    """Write, and return the SHA-256 (hex): a large chunk is hashed while it is written."""
     digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-        file.write(chunk)
+    with ThreadPoolExecutor(1) as beside:
+        for chunk in chunks:
+            if len(chunk) < _LARGE:
+                digest.update(chunk)
+                file.write(chunk)
+            else:
+                hashed = beside.submit(digest.update, chunk)
+                file.write(chunk)
+                hashed.result()
     return digest.hexdigest()
 
 

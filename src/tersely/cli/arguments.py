@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tersely import __version__
 from tersely.cli import measurements, models, runs, tables
+from tersely.cli.vocabulary_arguments import add_actions
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate(verbs)
     _verify(verbs)
     _export(verbs)
+    _vocab(verbs)
     _verb(verbs, "families", tables.families, "List the model families that tersely knows.")
     _verb(verbs, "methods", tables.methods, "List the compression methods and their settings.")
     _verb(verbs, "recipes", tables.recipes, "List the recipes that come with tersely.")
@@ -269,6 +271,13 @@ def _runs(verbs: Verbs) -> None:
     made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     made = action("delete", runs.delete_run, "delete one")
     made.add_argument("id", type=int, metavar="RUN")
+
+
+def _vocab(verbs: Verbs) -> None:
+    text = "Trim, extend, transplant, train or measure a vocabulary."
+    made = verbs.add_parser("vocab", help=text.rstrip("."), description=text)
+    made.set_defaults(name="vocab", json=False)
+    add_actions(made)
 
 
 def _tasks(verbs: Verbs) -> None:

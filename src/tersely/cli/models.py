@@ -37,7 +37,7 @@ def compress(options: argparse.Namespace) -> None:
         job.cost.check(job.out)
         show(options, dataclasses.asdict(job.cost), lambda: "dry run: nothing was written")
     else:
-        _run(job, options)
+        run_job(job, options)
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -55,7 +55,8 @@ def _job(options: argparse.Namespace) -> Job:
     )
 
 
-def _run(job: Job, options: argparse.Namespace) -> None:
+def run_job(job: Job, options: argparse.Namespace) -> None:
+    """Do a prepared job and print what it gave."""
     from tersely.compression import run
     from tersely.plan.cost import duration
     from tersely.report.terminal import report_table

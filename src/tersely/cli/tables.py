@@ -32,12 +32,12 @@ def families(options: argparse.Namespace) -> None:
 
 
 def methods(options: argparse.Namespace) -> None:
-    from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TUNES, Method
+    from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TRIMS, TUNES, Method
     from tersely.plan.reading import method_fields
     from tersely.report.terminal import table
 
     stages: tuple[tuple[str, tuple[type[Method], ...]], ...] = (
-        ("shape", (*CUTS, *DROPS, *SPLITS)),
+        ("shape", (*TRIMS, *CUTS, *DROPS, *SPLITS)),
         ("basis", REBASES),
         ("encode", METHODS),
         ("tune", TUNES),

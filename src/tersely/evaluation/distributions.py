@@ -84,9 +84,9 @@ def divergence(base: Distribution, model: Distribution, space: Tensor) -> Tensor
 def compare(
     logits: list[Tensor], targets: list[Tensor], columns: list[Tensor | None], space: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    """What needs whole distributions, R rows: loss; and against a base its loss, KL, the probability outside the shared
-    columns, the five most likely columns of both, the true one, and the rank of the base's first where it is not among
-    the model's five (else 0).
+    """What needs whole distributions, R rows: loss; and against a base its loss among the shared columns, KL, the
+    probability outside these, the five most likely columns of both, the true one, and the rank of the base's first
+    where it is not among the model's five (else 0).
 
     logits, targets: of the model, and of the base if there is one; columns: those that they share, None for all;
     space: two of `workspace`.
@@ -113,6 +113,8 @@ def compare(
         ]
         outside_R = (1 - (found[1].normalizer_R - whole_R).exp()).clamp(0, 1)
         truth_R = torch.searchsorted(columns[0], truth_R)  # every id of a compared document is among the columns
+        # Tokens that the model does not have take nothing of the base's probability: a trimmed model is not the better.
+        losses[1] = found[1].normalizer_R - found[1].logits_RC.gather(1, truth_R[:, None]).squeeze(1)
     (model, base), (top_RK, base_top_RK) = found, tops
     rank_R = torch.zeros_like(truth_R)
     far_N = (top_RK != base_top_RK[:, :1]).all(1).nonzero().squeeze(1)

@@ -30,6 +30,7 @@ from tersely.methods.rebase.awq import AWQ
 from tersely.methods.rebase.rotate import Rotate
 from tersely.methods.rebase.smooth import Smooth
 from tersely.methods.split import SPLITS, Split
+from tersely.methods.trim import TRIMS, TokenChoice
 from tersely.methods.tune import TUNES, TuneBlock, TuneModel
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "METHODS",
     "REBASES",
     "SPLITS",
+    "TRIMS",
     "TUNES",
     "BlockChoice",
     "Encode",
@@ -45,12 +47,13 @@ __all__ = [
     "Method",
     "Rebase",
     "Split",
+    "TokenChoice",
     "TuneBlock",
     "TuneModel",
     "Work",
 ]
 
-Method = Encode | Rebase | TuneModel | TuneBlock | Importance | BlockChoice | Split
+Method = Encode | Rebase | TuneModel | TuneBlock | Importance | BlockChoice | Split | TokenChoice
 
 METHODS: tuple[type[Encode], ...] = (
     RTN,

@@ -194,6 +194,16 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def parse_size(text: str) -> int:
+    """The inverse, as people write it: "500MB", "1.2 GB", "900kB", "4096". Raises UsageError: anything else, or 0."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 1 << 20, "gib": 1 << 30}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    count = round(float(found[1]) * units[found[2].lower()]) if found and found[2].lower() in units else 0
+    if not count:
+        raise UsageError(f"{text!r} is no number of bytes; write it as 500MB, 1.2GB or 900kB")
+    return count
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: 2 min 05 s."""
     if seconds < 10:

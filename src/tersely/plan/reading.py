@@ -8,15 +8,18 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from tersely.codecs.activations import ACTIVATIONS
 from tersely.errors import UsageError
-from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TUNES, Method
+from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TRIMS, TUNES, Method
 from tersely.plan.recipe import CUTS as CUT_SETTINGS
 from tersely.plan.recipe import DROPS as DROP_SETTINGS
-from tersely.plan.recipe import INPUTS, Calibration, Change, Cut, Drop, Recipe, Shape, Step, ToExperts, Tuning
+from tersely.plan.recipe import INPUTS, Calibration, Change, Cut, Drop, Recipe, Shape, Step, ToExperts, Trim, Tuning
+from tersely.plan.recipe import TRIMS as TRIM_SETTINGS
 from tersely.runtime.policy import CachePolicy, policy_from_plain
+
+_M = TypeVar("_M")
 
 
 def recipe_from_toml(text: str, source: str = "recipe") -> Recipe:
@@ -105,13 +108,14 @@ def _cache(raw: Mapping[str, Any], source: str) -> CachePolicy | None:
         raise UsageError(f"{source}, [cache]: {error}") from error
 
 
-def _step(raw: Mapping[str, Any], source: str) -> Shape | Change | Step | Tuning:
+def _step(raw: Mapping[str, Any], source: str) -> Trim | Shape | Change | Step | Tuning:
     for key in ("where", "method"):
         if not isinstance(raw.get(key), str):
             raise UsageError(f"{source} has no {key!r}: every step needs `where` and `method`")
     encodes, rebases, tunes = {m.name: m for m in METHODS}, {m.name: m for m in REBASES}, {m.name: m for m in TUNES}
     cuts, drops, splits = {m.name: m for m in CUTS}, {m.name: m for m in DROPS}, {m.name: m for m in SPLITS}
-    methods: dict[str, type[Method]] = {**encodes, **rebases, **tunes, **cuts, **drops, **splits}
+    trims = {m.name: m for m in TRIMS}
+    methods: dict[str, type[Method]] = {**encodes, **rebases, **tunes, **cuts, **drops, **splits, **trims}
     if raw["method"] not in methods:
         near = difflib.get_close_matches(raw["method"], methods, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -125,6 +129,8 @@ def _step(raw: Mapping[str, Any], source: str) -> Shape | Change | Step | Tuning
     # 1 and 1.0 are one value: the recipe's hash must not tell them apart.
     values: dict[str, Any] = {k: float(v) if hints[k] is float else v for k, v in settings.items()}
     own = {k: values.pop(k) for k in beside if k in values}
+    if raw["method"] in trims:
+        return Trim(raw["where"], trims[raw["method"]](**values), **own)
     if raw["method"] in cuts:
         return Cut(raw["where"], cuts[raw["method"]](**values), **own)
     if raw["method"] in drops:
@@ -144,7 +150,12 @@ def _step(raw: Mapping[str, Any], source: str) -> Shape | Change | Step | Tuning
 
 def _beside(name: str) -> dict[str, Any]:
     """Settings of a step beside its method's, by the method's name."""
-    for methods, settings in ((METHODS, INPUTS), (CUTS, CUT_SETTINGS), (DROPS, DROP_SETTINGS)):
+    for methods, settings in (
+        (METHODS, INPUTS),
+        (CUTS, CUT_SETTINGS),
+        (DROPS, DROP_SETTINGS),
+        (TRIMS, TRIM_SETTINGS),
+    ):
         if name in {method.name for method in methods}:
             return dict(settings)
     return {}
@@ -154,6 +165,21 @@ def method_fields(method: type[Method]) -> dict[str, Any]:
     """Name -> type of the hyper-parameters of a method."""
     hints = get_type_hints(method)
     return {f.name: hints[f.name] for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+
+
+def with_settings(method: type[_M], overrides: Sequence[str]) -> _M:
+    """A method with `key=value` settings. UsageError names the one that is wrong and those that there are."""
+    hints = get_type_hints(method)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UsageError(f"--set {override}: expected key=value")
+        values[key.strip()] = _value(text.strip())
+    _known(values, tuple(known), f"--set ({getattr(method, 'name', method.__name__)})")
+    _typed(values, known, "--set")
+    return method(**values)
 
 
 def _override(raw: dict[str, Any], key: str, value: Any, text: str) -> None:

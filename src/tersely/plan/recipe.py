@@ -15,11 +15,12 @@
     bits   = 4
     group  = 128
 
-Steps that cut a smaller shape come first of all; their `where` names what they cut: `neurons`, `heads`, `hidden`,
-`experts`, or `blocks`. A weight that several steps select takes the last of them; one that sets weights to zero before
-it is followed by it (`assignment`). Steps that choose another basis (smooth, awq, rotate) come before those that
-encode; their `where` names spaces: `residual`, `mlp`, or `normed` for all that lie behind a norm in a block. Nothing in
-a recipe is without effect: what has none is an error (`reading`; where only the model can tell, `assignment`).
+Steps that cut a smaller shape come first of all; their `where` names what they cut: `tokens` (the vocabulary, before
+all others), `neurons`, `heads`, `hidden`, `experts`, or `blocks`. A weight that several steps select takes the last of
+them; one that sets weights to zero before it is followed by it (`assignment`). Steps that choose another basis (smooth,
+awq, rotate) come before those that encode; their `where` names spaces: `residual`, `mlp`, or `normed` for all that lie
+behind a norm in a block. Nothing in a recipe is without effect: what has none is an error (`reading`; where only the
+model can tell, `assignment`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,18 @@ from typing import Any
 from tersely.codecs import Scheme
 from tersely.codecs.activations import ACTIVATIONS
 from tersely.errors import UsageError
-from tersely.methods import METHODS, BlockChoice, Encode, Importance, Rebase, Split, TuneBlock, TuneModel, Work
+from tersely.methods import (
+    METHODS,
+    BlockChoice,
+    Encode,
+    Importance,
+    Rebase,
+    Split,
+    TokenChoice,
+    TuneBlock,
+    TuneModel,
+    Work,
+)
 from tersely.methods.protocol import sum_work
 from tersely.runtime.policy import CachePolicy, policy_to_plain
 
@@ -42,6 +54,8 @@ INPUTS = {"activations": str, "hadamard": int, "average_bits": float, "keep_zero
 """Settings of every step that encodes, whatever its method."""
 CUTS = {"ratio": float, "multiple": int, "refit": bool}
 """Settings of every step that cuts width, whatever its method."""
+TRIMS = {"rows": int, "coverage": float, "minimum_count": int, "multiple": int, "keep": str, "drop": str}
+"""Settings of every step that trims the vocabulary, whatever its method."""
 DROPS = {"ratio": float}
 """Settings of every step that removes blocks, whatever its method."""
 _KERNELS = 8
@@ -197,6 +211,51 @@ class ToExperts:
         return frozenset({"text"})
 
 
+@dataclass(frozen=True)
+class Trim:
+    """Vocabulary: the tokens that stay, as many as one of `rows`, `coverage` and `minimum_count` says; without any of
+    these, all that are wanted. `where`: tokens.
+
+    With a token stay those that it is merged from, so that it is still found. Added tokens, tokens that a file of the
+    model names, and those for single bytes or characters stay whatever is asked.
+    """
+
+    where: str
+    method: TokenChoice
+    rows: int = 0
+    """Of the embedding, all included; 0: as many as it takes."""
+    coverage: float = 0.0
+    """Share of the counted tokens that stay; 0: not asked for."""
+    minimum_count: int = 0
+    """Tokens stay that are counted so often; 0: not asked for."""
+    multiple: int = 8
+    """The number of rows is a multiple of this, which kernels like; the next tokens fill it."""
+    keep: str = ""
+    """Tokens that stay, written as the tokenizer does, with blanks between them."""
+    drop: str = ""
+    """Added tokens that go, with * for any characters and blanks between them."""
+
+    def __post_init__(self) -> None:
+        if self.where.strip() != "tokens":
+            raise UsageError(f"where = {self.where!r}: {self.method.name} trims the vocabulary; write `tokens`")
+        given = {k: v for k in ("rows", "coverage", "minimum_count") if (v := getattr(self, k))}
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} are given: one of them says how many tokens stay; leave one out")
+        for name, value in given.items():
+            if value < 0:
+                raise UsageError(f"{name}={value:g}: expected a number above 0, or 0 to leave it open")
+
+    @property
+    def counts(self) -> bool:
+        """Whether tokens of a corpus are counted for it."""
+        return "counts" in self.method.needs
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Nothing that the model measures: counting needs its tokenizer only."""
+        return frozenset()
+
+
 Shape = Cut | Drop | ToExperts
 """A step that leaves another, smaller shape."""
 
@@ -236,25 +295,32 @@ class Tuning:
 class Recipe:
     """Steps in order; what they are calibrated on; the seed of every choice made by chance."""
 
-    steps: tuple[Shape | Change | Step | Tuning, ...]
+    steps: tuple[Trim | Shape | Change | Step | Tuning, ...]
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
     cache: CachePolicy | None = None
     """How keys and values of past tokens are kept when the model runs; None: as they come."""
 
     def __post_init__(self) -> None:
-        if not self.encodes and not self.shapes:
+        if not self.encodes and not self.shapes and self.trim is None:
             raise UsageError("a recipe needs at least one step that encodes weights or cuts a smaller shape")
+        if sum(isinstance(step, Trim) for step in self.steps) > 1:
+            raise UsageError("the vocabulary is trimmed twice; write one step with where = 'tokens'")
         if not self.encodes and (self.changes or self.tunings):
             raise UsageError("steps that change the basis, or tune, need one that encodes weights")
         kinds = [next(n for n, kind in enumerate(_ORDER) if isinstance(step, kind)) for step in self.steps]
         if kinds != sorted(kinds):
             raise UsageError(
-                "steps that cut a smaller shape come before those that change the basis (smooth, awq, rotate), these "
-                "before those that encode, and those that tune (distill, pv, signround, maskllm) come last"
+                "steps that cut a smaller shape (first of all the vocabulary) come before those that change the basis "
+                "(smooth, awq, rotate), these before those that encode, and those that tune (distill, pv, signround, "
+                "maskllm) come last"
             )
         if not self.needs and self.calibration != Calibration():
             raise UsageError("calibration has no effect: no step of this recipe measures anything; leave it out")
+
+    @property
+    def trim(self) -> Trim | None:
+        return next((step for step in self.steps if isinstance(step, Trim)), None)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -314,13 +380,15 @@ def zero_keepers() -> str:
     return ", ".join(method.name for method in METHODS if method().keeps_zeros)
 
 
-_ORDER = ((Cut, Drop, ToExperts), (Change,), (Step,), (Tuning,))
+_ORDER = ((Trim,), (Cut, Drop, ToExperts), (Change,), (Step,), (Tuning,))
 
 
-def _settings(step: Shape | Change | Step | Tuning) -> dict[str, Any]:
+def _settings(step: Trim | Shape | Change | Step | Tuning) -> dict[str, Any]:
     """Of a step itself, its method's left out."""
     if isinstance(step, Step):
         return {k: v for k in INPUTS if (v := getattr(step, k))}
+    if isinstance(step, Trim):
+        return {k: getattr(step, k) for k in TRIMS}
     own = CUTS if isinstance(step, Cut) else DROPS if isinstance(step, Drop) else {}
     return {k: getattr(step, k) for k in own}
 

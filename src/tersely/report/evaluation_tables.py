@@ -53,7 +53,12 @@ def _text_table(text: TextResult) -> RenderableType:
     rows: list[tuple[str, str, str, str]] = [("loss", number(text.loss), interval(text.loss), "nats a token")]
     if found is not None:
         rows += [
-            ("loss of the base", number(found.base_loss), interval(found.base_loss), ""),
+            (
+                "loss of the base" + (", shared tokens" if found.vocabulary == "shared" else ""),
+                number(found.base_loss),
+                interval(found.base_loss),
+                "",
+            ),
             ("difference", number(found.loss_difference), interval(found.loss_difference), "paired; above 0: worse"),
         ]
     rows += [

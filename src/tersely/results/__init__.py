@@ -18,6 +18,7 @@ from tersely.results.evaluation import (
 )
 from tersely.results.job import Report, Reshaping, Row
 from tersely.results.speed import Point, Speed
+from tersely.results.trimming import Trimming
 
 __all__ = [
     "Bin",
@@ -41,4 +42,5 @@ __all__ = [
     "Subject",
     "TaskResult",
     "TextResult",
+    "Trimming",
 ]

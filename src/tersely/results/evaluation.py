@@ -60,7 +60,8 @@ class Divergence:
     """How far a model's predictions are from a base's on the same tokens. Shares are 0 to 1, losses nats a token.
 
     vocabulary: "full", or "shared" where the two have different tokens: then both distributions are renormalized
-    over the `shared` tokens that both know, and `outside` is the probability that the base gives to the others.
+    over the `shared` tokens that both know, so is the base's in `base_loss` and `loss_difference` (a model without
+    some tokens is not the better for it), and `outside` is the probability that the base gives to the others.
     tokens, documents: what could be compared (documents that the tokenizers cut differently are left out).
     kl: mean of KL(base || model) = sum over v of p_base(v) * (log p_base(v) - log p_model(v)).
     kl_quantiles: "0.5", "0.9", "0.99", "0.999" and "1" -> KL of a token.

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tersely.results.trimming import Trimming
+
 
 @dataclass(frozen=True)
 class Row:
@@ -66,6 +68,8 @@ class Report:
     notes: tuple[str, ...] = ()
     shapes: tuple[Reshaping, ...] = ()
     """Steps that left a smaller shape, in order."""
+    vocabulary: Trimming | None = None
+    """What stayed of it; None where it was not trimmed."""
     seconds: float = dataclasses.field(default=0.0, compare=False)
     """How long the job took; not written with the checkpoint."""
 
@@ -96,7 +100,9 @@ class Report:
         """The inverse of `to_dict`. Raises KeyError, TypeError, AttributeError: not what it wrote."""
         rows = tuple(Row(**{k: v for k, v in row.items() if k != "bits"}) for row in plain["rows"])
         shapes = tuple(Reshaping(**shape) for shape in plain["shapes"])
-        return cls(**{**plain, "out": out, "rows": rows, "notes": tuple(plain["notes"]), "shapes": shapes})
+        trimming = Trimming(**plain["vocabulary"]) if plain.get("vocabulary") else None
+        notes = tuple(plain["notes"])
+        return cls(**{**plain, "out": out, "rows": rows, "notes": notes, "shapes": shapes, "vocabulary": trimming})
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"

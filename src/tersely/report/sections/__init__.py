@@ -21,6 +21,7 @@ from tersely.report.sections.sizes import size_section
 from tersely.report.sections.speed import speed_sections
 from tersely.report.sections.tasks import task_section
 from tersely.report.sections.verdict import verdict_section
+from tersely.report.sections.vocabulary import vocabulary_section
 
 _EVALUATE = "tersely evaluate {out} --against {source} --text FILE"
 _TASKS = "tersely evaluate {out} --against {source} --tasks TASKS"
@@ -60,6 +61,7 @@ def contents(dossiers: Sequence[Dossier]) -> dict[str, Any]:
         "models": model_section(dossiers) if len(dossiers) > 1 else None,
         "sizes": size_section(main),
         "shapes": shape_section(main.report) if main.report else None,
+        "vocabulary": vocabulary_section(main.report) if main.report else None,
         "language": text_section(evaluation.text) if evaluation and evaluation.text else None,
         "tasks": task_section(evaluation) if evaluation and evaluation.tasks else None,
         "errors": error_section(main.report) if main.report and main.report.rows else None,

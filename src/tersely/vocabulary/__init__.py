@@ -1,0 +1,1 @@
+"""The tokens of a model: fewer, more, or those of another tokenizer."""

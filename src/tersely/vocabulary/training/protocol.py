@@ -1,0 +1,77 @@
+"""What trains a tokenizer, and what all that do ask of their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar, Protocol
+
+from tokenizers import Tokenizer
+
+from tersely.errors import DataError, UsageError
+from tersely.vocabulary.training.pipeline import Pipeline
+
+Progress = Callable[[str, float], None]
+"""Told what is done now, and which share of it."""
+
+
+class Training(Protocol):
+    """Makes a tokenizer of texts. A frozen dataclass of settings, with the authors' defaults."""
+
+    name: ClassVar[str]
+
+    def __call__(
+        self, texts: Iterable[str], size: int, *, special: Sequence[str], around: Pipeline | None, say: Progress
+    ) -> Tokenizer:
+        """A tokenizer of exactly `size` tokens, the special ones among them and first; of at most so many where the
+        method says so.
+
+        texts may be read several times, in the same order, and need not fit into memory. around: what is done to a
+        text before and after; None for the method's own. The tokenizer may be saved as tokenizer.json as it is.
+        Raises UsageError: settings that cannot be, a size below that of the alphabet; DataError: no text, or too
+        little of it for `size`.
+        """
+        ...
+
+
+def silent(what: str, share: float) -> None:
+    """Progress that nobody asked for."""
+
+
+def checked(texts: Iterable[str], special: Sequence[str], size: int, atoms: int) -> Iterable[str]:
+    """The texts, empty ones left out. `atoms`: tokens that there must be beside the special ones.
+
+    Raises UsageError: texts that can be read once only, doubled special tokens, too small a size; while they are
+    read, DataError: all are empty.
+    """
+    if iter(texts) is texts:
+        raise UsageError("the texts can be read only once; give a list, or an object whose iter() begins anew")
+    if len(set(special)) < len(special) or "" in special:
+        raise UsageError(f"special tokens {list(special)}: give each once, and none that is empty")
+    if size < len(special) + atoms:
+        raise UsageError(
+            f"size={size} is less than the alphabet: {atoms} tokens and {len(special)} special ones; "
+            f"use {len(special) + atoms} or more"
+        )
+    return _NotEmpty(texts)
+
+
+def require_size(found: int, size: int) -> None:
+    """Raises DataError: fewer tokens than were asked for; UsageError: more."""
+    if found < size:
+        raise DataError(f"the text yields only {found} of {size} tokens; give more text, or size={found}")
+    if found > size:
+        raise UsageError(f"size={size} is less than the alphabet of this text, {found} tokens; use more")
+
+
+class _NotEmpty:
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[str]:
+        found = False
+        for text in self._texts:
+            if text and not text.isspace():
+                found = True
+                yield text
+        if not found:
+            raise DataError("there is no text to train a tokenizer on; give files that hold some")
