@@ -5,7 +5,7 @@ checked before use, and whatever is wrong is a CheckpointError.
 """
 
 from tersely.checkpoint.files import CHUNK, is_plain_name, stream
-from tersely.checkpoint.folder import INDEX, SINGLE, open_checkpoint
+from tersely.checkpoint.folder import INDEX, SINGLE, open_checkpoint, refuse_foreign_link
 from tersely.checkpoint.header import DTYPES, MAX_HEADER, TensorSpec, read_header, read_tensor
 from tersely.checkpoint.tensors import Checkpoint
 
@@ -21,5 +21,6 @@ __all__ = [
     "open_checkpoint",
     "read_header",
     "read_tensor",
+    "refuse_foreign_link",
     "stream",
 ]

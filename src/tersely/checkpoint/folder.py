@@ -97,7 +97,7 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
         else:
             companions.append(entry.name)
     for name in ("config.json", *companions):
-        _refuse_foreign_link(folder, folder / name)
+        refuse_foreign_link(folder, folder / name)
     return Checkpoint(
         path=folder,
         source=source,
@@ -109,7 +109,7 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
     )
 
 
-def _refuse_foreign_link(folder: Path, file: Path) -> None:
+def refuse_foreign_link(folder: Path, file: Path) -> None:
     """Companions are copied to the output: a link in a cloned repository must not bring a private file there.
 
     Weight files may be links to anywhere (a layout people use): what is not safetensors fails to open.

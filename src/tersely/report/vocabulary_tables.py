@@ -56,7 +56,7 @@ def renewal_table(found: Renewal) -> RenderableType:
         (f"rows by {found.method}", f"{found.initialised:,}", ""),
     ]
     if found.fallen:
-        lines.append(("rows drawn", f"{found.fallen:,}", f"{found.method} had no answer for them"))
+        lines.append(("rows by mean", f"{found.fallen:,}", f"{found.method} had no answer for them"))
     if found.tokens_before:
         share = found.tokens_after / found.tokens_before
         lines.append(("tokens of the texts", f"{found.tokens_after:,}", f"{share:.1%} of {found.tokens_before:,}"))

@@ -19,7 +19,7 @@ class Renewal(Measurement):
     """Rows that are old ones, bit for bit."""
     initialised: int
     fallen: int
-    """Tokens that the method had no answer for: their rows were drawn."""
+    """Tokens that the method had no answer for: their rows are means of their pieces, or of all rows."""
     empty: int
     """Rows that no token has."""
     tokens_before: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tersely.checkpoint import Checkpoint, stream
+from tersely.checkpoint import Checkpoint, refuse_foreign_link, stream
 from tersely.checkpoint.files import json_object
 from tersely.errors import CheckpointError, first_line
 from tersely.vocabulary.agreement import check_declared, loaded_ids, named_ids, special_ids
@@ -100,7 +100,10 @@ def read_tokenizer_folder(folder: Path) -> Vocabulary:
     """
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}; give the folder of a tokenizer")
-    return _read(folder, sorted(entry.name for entry in folder.iterdir() if entry.is_file()))
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and _READ.fullmatch(entry.name))
+    for name in names:
+        refuse_foreign_link(folder, folder / name)
+    return _read(folder, names)
 
 
 def _read(folder: Path, names: Sequence[str]) -> Vocabulary:

@@ -15,8 +15,8 @@ from torch import Tensor
 from tersely.errors import CheckpointError, UsageError
 from tersely.vocabulary.initialise import Gap, Initialiser, Need, Rule, Rules, Tables, Vectors
 from tersely.vocabulary.initialise.align import aligned
+from tersely.vocabulary.initialise.mean import Mean
 from tersely.vocabulary.initialise.protocol import moments
-from tersely.vocabulary.initialise.random_normal import RandomNormal
 from tersely.vocabulary.pieces import Pieces, match
 from tersely.vocabulary.word_vectors import learn, learn_words, read_words, token_vectors
 
@@ -119,14 +119,15 @@ def transplant(
     """The tables of the new vocabulary: shared tokens keep their rows, others get theirs from the initialiser.
 
     bias_V: of the head; new entries come by the head's rule. fallback: for tokens that the initialiser has no answer
-    for (if None a normal distribution by coordinate, as authors do); what that has none for gets the mean row. rows: of
-    the result, to pad it; the largest id and one if None. Beside tables and result, two float32 copies of the new
+    for; if None the mean of their pieces, which serves much better than a normal distribution, as authors have it, and
+    keeps a convex method convex. What that has none for, special tokens above all, gets the mean row. rows: of the
+    result, to pad it; the largest id and one if None. Beside tables and result, two float32 copies of the new
     rows and 128 MB are in use, and what the initialiser says.
 
     UsageError: something that the initialiser needs is missing; CheckpointError: tables that do not belong to the old
     tokenizer or hold what is no number.
     """
-    spare_method = fallback or RandomNormal()
+    spare_method = fallback or Mean()
     _check_needs(gap, donor, (initialiser, spare_method))
     _check(gap, tables, bias_V, donor)
     count = gap.new.rows if rows is None else rows
