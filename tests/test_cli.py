@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import tersely
 from tersely.cli import main
 from tersely.families import families
-from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TUNES
+from tersely.methods import CUTS, DROPS, METHODS, REBASES, SPLITS, TRIMS, TUNES
 from tersely.plan.reading import presets
 from tests.tiny import tiny
 from tests.tokens import write_text, write_tokenizer
@@ -251,7 +251,7 @@ def test_verify_says_what_it_checked(llama: Path, small: Path, capsys: pytest.Ca
 def test_lists_of_families_methods_and_recipes_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["families", "--json"]) == 0
     assert {row["model_type"] for row in json.loads(capsys.readouterr().out)} == set(families())
-    listed = [m.name for m in (*CUTS, *DROPS, *SPLITS, *REBASES, *METHODS, *TUNES)]
+    listed = [m.name for m in (*TRIMS, *CUTS, *DROPS, *SPLITS, *REBASES, *METHODS, *TUNES)]
     assert main(["methods", "--json"]) == 0
     assert [row["method"] for row in json.loads(capsys.readouterr().out)] == listed
     assert main(["recipes", "--json"]) == 0

@@ -8,7 +8,7 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
@@ -16,6 +16,10 @@ from tersely.cli.console import console, progress, show
 from tersely.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from tersely.results.renewal import Renewal
+    from tersely.vocabulary.initialise import Initialiser
+
+    Say = Callable[[str, float], None]
     from tersely.plan.recipe import Recipe
     from tersely.vocabulary.counting import Counted
 
@@ -86,48 +90,57 @@ def train(options: argparse.Namespace) -> None:
 
 
 def extend(options: argparse.Namespace) -> None:
-    from tersely.plan.reading import with_settings
-    from tersely.report.vocabulary_tables import renewal_table
-    from tersely.vocabulary.initialise import INITIALISERS
     from tersely.vocabulary.renewal import extend_model
 
-    method = with_settings(_named(INITIALISERS, options.method), options.set)
-    with progress() as say:
-        found = extend_model(
+    def make(method: Initialiser, vectors: Path | None, say: Say) -> Renewal:
+        return extend_model(
             options.model,
             options.out,
             options.corpus,
             options.tokens,
             method,
             least=options.least,
-            vectors=None if options.vectors is None else Path(options.vectors),
+            vectors=vectors,
             seed=options.seed or 0,
             say=say,
         )
-    show(options, dataclasses.asdict(found), lambda: renewal_table(found))
-    _say_next(options)
+
+    _renew(options, make)
 
 
 def transplant(options: argparse.Namespace) -> None:
-    from tersely.plan.reading import with_settings
-    from tersely.report.vocabulary_tables import renewal_table
-    from tersely.vocabulary.initialise import INITIALISERS
     from tersely.vocabulary.renewal import transplant_model
 
-    method = with_settings(_named(INITIALISERS, options.method), options.set)
-    with progress() as say:
-        found = transplant_model(
+    def make(method: Initialiser, vectors: Path | None, say: Say) -> Renewal:
+        return transplant_model(
             options.model,
             options.tokenizer,
             options.out,
             method,
             texts=options.corpus,
-            vectors=None if options.vectors is None else Path(options.vectors),
+            vectors=vectors,
             seed=options.seed or 0,
             say=say,
         )
+
+    _renew(options, make)
+
+
+def _renew(options: argparse.Namespace, make: Callable[[Initialiser, Path | None, Say], Renewal]) -> None:
+    """Give a model other tokens and say what came out."""
+    from tersely.plan.reading import with_settings
+    from tersely.report.vocabulary_tables import renewal_table
+    from tersely.vocabulary.initialise import INITIALISERS
+
+    method = with_settings(_named(INITIALISERS, options.method), options.set)
+    with progress() as say:
+        found = make(method, None if options.vectors is None else Path(options.vectors), say)
     show(options, dataclasses.asdict(found), lambda: renewal_table(found))
-    _say_next(options)
+    console(sys.stderr).print(
+        f"\nwrote {options.out}; new rows are guesses until they are trained; next: tersely evaluate {options.out} "
+        "--text FILE (bits per byte can be compared across tokenizers)",
+        soft_wrap=True,
+    )
 
 
 def inject(options: argparse.Namespace) -> None:
@@ -139,14 +152,6 @@ def inject(options: argparse.Namespace) -> None:
     with progress() as say:
         inject_model(options.chat, options.adapted, options.out, settings, say=say)
     show(options, {"out": options.out, **dataclasses.asdict(settings)}, lambda: f"wrote {options.out}")
-
-
-def _say_next(options: argparse.Namespace) -> None:
-    console(sys.stderr).print(
-        f"\nwrote {options.out}; new rows are guesses until they are trained; next: tersely evaluate {options.out} "
-        "--text FILE (bits per byte can be compared across tokenizers)",
-        soft_wrap=True,
-    )
 
 
 def _named(methods: Sequence[type[_M]], name: str) -> type[_M]:

@@ -127,7 +127,7 @@ def read_pieces(tokenizer: Tokenizer, roles: Mapping[str, int] | None = None) ->
     added = {token["content"]: bool(token["special"]) for token in plain["added_tokens"]}
     special = set(given.values()) | {ids[content] for content, own in added.items() if own}
     by_id = {i: _piece(token, i in special, token in added, writing, prefix) for token, i in ids.items()}
-    merges = tuple(_pair(merge) for merge in model["merges"]) if model["type"] == "BPE" else None
+    merges = tuple(pair(merge) for merge in model["merges"]) if model["type"] == "BPE" else None
     return Pieces(by_id, writing, given, prefix, merges, tokenizer, ids)
 
 
@@ -251,6 +251,7 @@ def _words(data: bytes, normal: Any) -> Iterator[tuple[str, bool]]:
         begun = False
 
 
-def _pair(merge: Any) -> tuple[str, str]:
+def pair(merge: Any) -> tuple[str, str]:
+    """A merge as tokenizer.json writes it: a pair, or both with a space between them."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second

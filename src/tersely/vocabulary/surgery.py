@@ -17,8 +17,9 @@ from torch import Tensor
 
 from tersely.errors import CheckpointError, UsageError, first_line
 from tersely.vocabulary.companions import Removed, Renumbering, in_the_form_of, rewritten
+from tersely.vocabulary.pieces import pair
 from tersely.vocabulary.references import TOKENIZER, replaced_config, replaced_processor
-from tersely.vocabulary.tokenizer import Vocabulary, pair
+from tersely.vocabulary.tokenizer import Vocabulary
 
 _SIZE = re.compile(r"(?!type_).*vocab_size.*")
 MAP = "vocabulary-map.json"

@@ -12,10 +12,10 @@ from tersely.checkpoint import Checkpoint, refuse_foreign_link, stream
 from tersely.checkpoint.files import json_object
 from tersely.errors import CheckpointError, first_line
 from tersely.vocabulary.agreement import check_declared, loaded_ids, named_ids, special_ids
-from tersely.vocabulary.pieces import BYTES, steps
+from tersely.vocabulary.pieces import BYTES, pair, steps
 from tersely.vocabulary.references import ADDED, CONFIGS, NAMED, TEMPLATES, TOKENIZER, VOCAB
 
-__all__ = ["TOKENIZER", "Kind", "Vocabulary", "forms", "pair", "read_tokenizer", "read_tokenizer_folder"]
+__all__ = ["TOKENIZER", "Kind", "Vocabulary", "forms", "read_tokenizer", "read_tokenizer_folder"]
 
 _JSON = frozenset({TOKENIZER, ADDED, VOCAB, *CONFIGS, *NAMED, *TEMPLATES})
 Kind = Literal["bpe", "unigram", "wordpiece"]
@@ -181,12 +181,6 @@ def _model_ids(vocab: Any) -> dict[str, int]:
         twice = next(piece for i, (piece, _) in enumerate(vocab) if found[piece] != i)
         raise CheckpointError(f"{TOKENIZER} has the piece {twice!r} twice; which of the two rows it means is open")
     return found
-
-
-def pair(merge: Any) -> tuple[str, str]:
-    """A merge as tokenizer.json writes it: a pair, or both with a space between them."""
-    first, second = merge.split(" ") if isinstance(merge, str) else merge
-    return first, second
 
 
 def _rows(config: Mapping[str, Any]) -> int:

@@ -96,21 +96,26 @@ def plan_trim(checkpoint: Checkpoint, vocabulary: Vocabulary, step: Trim, corpus
     specs = {name: _spec(checkpoint.spec(name), graph, name, choice.rows) for name in checkpoint}
     headers = checkpoint.with_headers(dict(made.config), specs)
     curve_P = curve(vocabulary, wanted_V, keep=keep, drop=drop, closure=closure) if counts_V is not None else None
-    every = 1 if curve_P is None else max(1, len(curve_P.rows_P) // _POINTS)
+    points = [] if curve_P is None else _spread(len(curve_P.rows_P))
     facts = Trimming(
         rows_before=vocabulary.rows,
         rows_after=choice.rows,
         mandatory=choice.mandatory,
         uncounted=choice.uncounted,
         coverage=choice.coverage if counts_V is not None else None,
-        curve_rows=[] if curve_P is None else curve_P.rows_P[::every].tolist(),
-        curve_coverage=[] if curve_P is None else curve_P.coverage_P[::every].tolist(),
+        curve_rows=[] if curve_P is None else curve_P.rows_P[points].tolist(),
+        curve_coverage=[] if curve_P is None else curve_P.coverage_P[points].tolist(),
         bytes_a_row=(checkpoint.nbytes - headers.nbytes) // max(1, vocabulary.rows - choice.rows),
         unreachable=list(choice.unreachable),
         removed=dict(made.removed),
         notes=[*told, *made.notes],
     )
     return Plan(headers, made, facts)
+
+
+def _spread(count: int) -> list[int]:
+    """Places of so many points, few enough to be kept, the first and the last among them."""
+    return sorted({round(n * (count - 1) / min(count, _POINTS)) for n in range(min(count, _POINTS) + 1)})
 
 
 def check_tables(graph: Graph) -> None:
