@@ -14,7 +14,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +45,8 @@ FileContent = bytes | Path | Callable[[Mapping[str, str]], bytes]
 
 _LARGE = 1 << 20
 """Bytes from which on a chunk is worth a thread."""
+_FLUSH = 64 << 20
+"""Bytes that are sent to the disk together."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNIT_NAME = re.compile(r"[a-z0-9._-]+")
 _ABSENT = object()
@@ -113,17 +115,26 @@ def _chunks(value: Tensor | Stored) -> Iterator[memoryview]:
 
 
 def _pour(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write, and return the SHA-256 (hex): a large chunk is hashed while it is written."""
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as beside:
+    """Write, and return the SHA-256 (hex): a large chunk is hashed and written while the next is read, and what is
+    written goes to the disk meanwhile."""
+    digest, waiting = hashlib.sha256(), list[Future[Any]]()
+    written = 0
+    with ThreadPoolExecutor(2) as beside, ThreadPoolExecutor(1) as behind:
         for chunk in chunks:
+            for done in waiting:
+                done.result()
+            waiting.clear()
             if len(chunk) < _LARGE:
                 digest.update(chunk)
                 file.write(chunk)
-            else:
-                hashed = beside.submit(digest.update, chunk)
-                file.write(chunk)
-                hashed.result()
+                continue
+            waiting = [beside.submit(digest.update, chunk), beside.submit(file.write, chunk)]
+            written += len(chunk)
+            if written >= _FLUSH:
+                behind.submit(os.fdatasync, file.fileno())
+                written = 0
+        for done in waiting:
+            done.result()
     return digest.hexdigest()
 
 

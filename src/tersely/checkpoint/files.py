@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ CHUNK = 8 << 20  # bytes held while a file is streamed
 
 
 def stream(path: Path, offset: int = 0, nbytes: int | None = None) -> Iterator[memoryview]:
-    """`nbytes` bytes (all by default) of a file from `offset`, in chunks; each is valid until the next."""
+    """`nbytes` bytes (all by default) of a file from `offset`, in chunks; each is valid until the next but one, so that
+    one can be worked on while the next is read."""
     with reading(path) as descriptor:
         end = os.fstat(descriptor).st_size if nbytes is None else offset + nbytes
-        buffer = memoryview(bytearray(min(CHUNK, end - offset)))
+        size = min(CHUNK, end - offset)
+        buffers = cycle([memoryview(bytearray(size)) for _ in range(1 + (offset + size < end))])
         while offset < end:
-            chunk = buffer[: end - offset]
+            chunk = next(buffers)[: end - offset]
             fill(descriptor, chunk, offset, path)
             offset += len(chunk)
             yield chunk
