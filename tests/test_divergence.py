@@ -17,6 +17,7 @@ from tersely.calibrate import documents, read_text
 from tersely.errors import CheckpointError, DataError, UsageError
 from tersely.evaluation import distributions, divergence
 from tersely.evaluation.divergence import Measured, measure_text, perplexity
+from tersely.evaluation.verdict import compare_losses
 from tersely.results import Divergence, Estimate
 from tersely.runtime import Loaded, load_model, load_tokenizer
 from tests.words import WORDS, write_model, write_text, write_tokenizer
@@ -204,6 +205,8 @@ def test_a_trimmed_vocabulary_is_compared_over_the_tokens_that_both_have(tmp_pat
     assert found.outside is not None
     assert found.outside.value == pytest.approx(log_q[rows][:, dropped].exp().sum(-1).mean().item(), abs=1e-5)
     assert any("2 of 3 documents alike" in note for note in measured.notes)
+    assert measured.unit == "bits"
+    assert len(measured.sizes) == 3
     assert any("vocabularies differ" in note for note in measured.notes)
 
 
@@ -218,8 +221,27 @@ def test_padding_of_the_embedding_does_not_hide_a_model_from_its_base(tmp_path: 
 def test_tokenizers_that_cut_everything_differently_cannot_be_compared(tiny: Loaded, text: str, tmp_path: Path) -> None:
     write_model(tmp_path)
     write_tokenizer(tmp_path, [f"x{word}" for word in WORDS])
-    with pytest.raises(DataError, match=r"tokenizers of .* compare bits_per_byte"):
-        measure_text([loaded(tmp_path), tiny], text, "text")
+    with pytest.raises(DataError, match=r"tokenizers of .* give a text of documents"):
+        measure_text([loaded(tmp_path), tiny], text.replace("<|endoftext|>", " "), "text")
+
+
+def test_documents_that_are_cut_otherwise_are_compared_by_the_byte(tiny: Loaded, text: str, tmp_path: Path) -> None:
+    write_model(tmp_path, seed=1)
+    tokens = [f"x{word}" for word in WORDS]
+    write_tokenizer(tmp_path, tokens)
+    both = text + "<|endoftext|>" + " ".join(tokens)
+    found = measure_text([loaded(tmp_path), tiny], both, "text")
+    assert found.result.divergence is None
+    assert found.unit == "bits"
+    alone = [measure_text([model], both, "text") for model in (loaded(tmp_path), tiny)]
+    assert found.result == alone[0].result
+    for place, (nats, nbytes) in enumerate(alone[0].own.values()):
+        own, size = alone[1].own[place]
+        assert found.totals[place] == pytest.approx(nats / math.log(2))
+        assert found.sizes[place] == nbytes
+        assert found.base_totals[place] / nbytes == pytest.approx(own / math.log(2) / size)
+    verdict = compare_losses("loss", found.totals, found.base_totals, found.sizes, unit="bits")
+    assert verdict.base.value == pytest.approx(sum(found.base_totals) / sum(found.sizes))
 
 
 def test_samples_are_at_most_so_many(tiny: Loaded, text: str) -> None:

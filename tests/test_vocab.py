@@ -159,6 +159,14 @@ def test_a_corpus_in_another_language_than_asked_is_refused(
     assert "the corpus reads as German, not as French; give --languages de" in complaint(capsys)
 
 
+def test_a_model_without_a_fast_tokenizer_is_told_how_to_get_one(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny("llama", tmp_path / "model")
+    assert run("trim", folder, tmp_path / "out", "--corpus", text) == 3
+    assert "has no tokenizer.json; where its tokenizer can be loaded, write one" in complaint(capsys)
+
+
 def test_a_corpus_that_the_model_cannot_read_is_refused(tmp_path: Path) -> None:
     folder = write_tokenizer(tiny("llama", tmp_path / "model"))
     (tmp_path / "ru.txt").write_text("привет мир " * 50)

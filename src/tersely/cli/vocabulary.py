@@ -227,13 +227,18 @@ def _groups(given: Sequence[str]) -> dict[str, list[str]]:
 def _tokenizer_file(model: str) -> Path:
     """tokenizer.json of a checkpoint, or of a folder that has nothing else, or the file itself."""
     from tersely.checkpoint import open_checkpoint
+    from tersely.vocabulary.tokenizer import read_tokenizer
 
     path = Path(model)
     if path.is_file():
         return path
     if path.is_dir() and (path / "tokenizer.json").is_file():
         return path / "tokenizer.json"
-    return open_checkpoint(model).path / "tokenizer.json"
+    checkpoint = open_checkpoint(model)
+    file = checkpoint.path / "tokenizer.json"
+    if not file.is_file():
+        read_tokenizer(checkpoint)  # says how to get one
+    return file
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

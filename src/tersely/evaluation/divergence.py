@@ -13,15 +13,16 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tersely.calibrate import MicroBatch, Sequences, micro_batches, sequences
-from tersely.errors import CheckpointError
+from tersely.errors import CheckpointError, DataError
 from tersely.evaluation.distributions import as_float32, compare, cuts, workspace
 from tersely.evaluation.statistics import paired, ratio
 from tersely.evaluation.vocabulary import Vocabulary, match
@@ -31,6 +32,8 @@ from tersely.runtime import Loaded, context_within, quiet, text_logits
 _DEFAULT_CONTEXT = 2048
 _FACTS = ("loss", "base_loss", "kl", "top1", "top5", "lost", "gained", "rank", "outside")
 _PILOT_TOKENS = 2048
+_APART = 0.1
+"""Share of a document's bytes by which two tokenizers may see other parts of it."""
 _RANKS = ((1, 1), (2, 5), (6, 10), (11, 100), (101, None))
 _QUANTILES = ("0.5", "0.9", "0.99", "0.999", "1")
 _ABOVE, _SHARE = (0.0, math.inf), (0.0, 1.0)
@@ -47,6 +50,10 @@ class Measured:
     """Losses of the documents that could be compared; empty without a base."""
     sizes: tuple[int, ...]
     notes: tuple[str, ...]
+    own: Mapping[int, tuple[float, int]]
+    """Document -> the model's loss in nats, and the bytes that it is of."""
+    unit: Literal["nats", "bits"] = "nats"
+    """Of totals: nats, with tokens as sizes; or bits, with bytes."""
 
 
 def perplexity(loss: float) -> float:
@@ -74,8 +81,9 @@ def measure_text(
     not touch earlier ones, and what the padding predicts is not counted.
 
     Where the vocabularies differ, tokens are matched by their text: documents that both tokenizers cut alike are
-    compared, over the tokens that both know (see `Divergence`). budget: seconds; sequences are then drawn by `seed`,
-    as many as fit. unfinished: what is measured already, by micro-batch; it is filled as the work goes on.
+    compared, over the tokens that both know (see `Divergence`). Where some are cut otherwise, the losses of all are
+    compared, by the byte. budget: seconds; sequences are then drawn by `seed`, as many as fit. unfinished: what is
+    measured already, by micro-batch; it is filled as the work goes on.
 
     Raises UsageError: a bad number; DataError: the text, or models that share nothing; CheckpointError: a model that
     gives NaN.
@@ -92,6 +100,9 @@ def measure_text(
     data = tokenized[0]
     available = len(data.ids)
     vocabulary, ids = match(models, tokenized)
+    unlike = ids is not None and len(ids) < available and data.kind == "documents"
+    if unlike:
+        budget = None if budget is None else budget / 2
     order = list(range(available))
     if budget is not None:
         random.Random(seed).shuffle(order)
@@ -113,7 +124,7 @@ def measure_text(
                 _require_finite(models, facts, index, data.kind)
                 finished += sum(len(data.ids[i]) for i in index)
                 if progress is not None:
-                    progress(min(1.0, finished / max(1, wanted)))
+                    progress(min(1.0, finished / max(1, wanted)) / (1 + unlike))
 
     wanted = data.tokens
     if budget is None:
@@ -123,7 +134,21 @@ def measure_text(
         wanted = sum(len(data.ids[i]) for i in order[:count])
         run([i for i in order[:count] if i not in facts])
         order = sorted(order[:count])
-    return _measured(data, order, facts, models, ids, vocabulary, name, context, available, seed)
+    measured = _measured(data, order, facts, models, ids, vocabulary, name, context, available, seed)
+    if not unlike:
+        return measured
+    base = measure_text(
+        models[1:],
+        content,
+        name,
+        context=context,
+        samples=samples,
+        tokens_per_batch=tokens_per_batch,
+        budget=budget,
+        seed=seed,
+        progress=None if progress is None else lambda share: progress(0.5 + share / 2),
+    )
+    return _by_bytes(measured, base, models)
 
 
 def _count(
@@ -287,6 +312,39 @@ def _measured(
         tuple(totals[both, 1].tolist()),
         tuple(sizes[place] for place in both),
         _notes(result, models),
+        {i: (float(totals[place, 0]), data.nbytes[i]) for place, i in enumerate(order)},
+    )
+
+
+def _by_bytes(model: Measured, base: Measured, models: Sequence[Loaded]) -> Measured:
+    """Losses of the same documents, cut by two tokenizers: bits a byte can be compared where tokens cannot. Those that
+    are cut alike would not do: in a trimmed vocabulary they are the ones that lost nothing.
+
+    A first token is not predicted, and a long document is cut off: where this leaves the two other bytes of a document,
+    the base's bits are those of its own, at the size of the model's; one that differs by more than a tenth is left out.
+    """
+    both = [
+        i
+        for i, (_, size) in model.own.items()
+        if i in base.own and abs(base.own[i][1] - size) <= _APART * size and base.own[i][1]
+    ]
+    if not both:
+        raise DataError(
+            f"{models[0].name} and {models[1].name} see other parts of every document; give a longer --context"
+        )
+    bits = math.log(2)
+    alike = 0 if model.result.divergence is None else model.result.divergence.documents
+    note = (
+        f"the tokenizers of {models[0].name} and {models[1].name} cut {alike} of {len(model.own)} documents alike: "
+        f"losses are compared by bits a byte, on {len(both)} documents; all else is of those that are cut alike"
+    )
+    return replace(
+        model,
+        totals=tuple(model.own[i][0] / bits for i in both),
+        base_totals=tuple(base.own[i][0] / bits * model.own[i][1] / base.own[i][1] for i in both),
+        sizes=tuple(model.own[i][1] for i in both),
+        notes=(*model.notes, note),
+        unit="bits",
     )
 
 
@@ -380,10 +438,10 @@ def _notes(result: TextResult, models: Sequence[Loaded]) -> tuple[str, ...]:
     found = result.divergence
     if result.documents < result.available:
         notes.append(f"{result.documents} of {result.available} {result.kind} of {result.text} fitted into the time")
-    if found is not None and found.documents < result.documents:
+    if found is not None and found.documents < result.documents and result.kind == "windows":
         notes.append(
             f"the tokenizers of {models[0].name} and {models[1].name} cut {found.documents} of {result.documents} "
-            f"{result.kind} alike; only these are compared"
+            "windows alike; only these are compared"
         )
     if found is not None and found.vocabulary == "shared":
         notes.append(

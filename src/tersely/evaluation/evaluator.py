@@ -130,6 +130,7 @@ def evaluate(
                     measured.totals,
                     measured.base_totals,
                     measured.sizes,
+                    unit=measured.unit,
                     seed=seed,
                 )
             )
@@ -158,7 +159,8 @@ def evaluate(
         say("writing samples", shares.tasks)
         written = _written(models, content, writing)
     settled = settle(comparisons)
-    apart = None if measured is None else measured.result.divergence
+    # Of the documents that are cut alike only, where the losses are of all.
+    apart = None if measured is None or measured.unit == "bits" else measured.result.divergence
     result = Evaluation(
         model=subjects[0],
         base=base,

@@ -24,6 +24,7 @@ from tersely.evaluation.statistics import (
 from tersely.results import Comparison, Divergence, Estimate
 
 _LEVEL = 0.05
+_LOSSES = {"nats": " nats a token", "bits": " bits a byte"}
 _NAMED = 4
 """Comparisons that `overall` names of each outcome."""
 
@@ -47,17 +48,18 @@ def compare_losses(
     base_totals: Sequence[float],
     sizes: Sequence[float],
     *,
+    unit: Literal["nats", "bits"] = "nats",
     seed: int = 0,
 ) -> Comparison:
     """Losses of a model and its base on the same documents (or windows).
 
-    totals: sums over the tokens of each document, nats; sizes: predicted tokens of each document.
+    totals: sums over the tokens of each document, in nats or bits; sizes: predicted tokens, or bytes, of each document.
     Raises ValueError: lengths differ, a number is not finite, or no tokens.
     """
     difference, p = paired(_differences(name, model_totals, base_totals), sizes, seed=seed)
     return Comparison(
         name=name,
-        unit="nats",
+        unit=unit,
         higher_is_better=False,
         items=len(sizes),
         test=_mean_test(len(sizes), "documents"),
@@ -189,7 +191,7 @@ def _sentence(c: Comparison, comparisons: int) -> str:
     if c.outcome != "no difference shown":
         value, low, high = _interval(harm if c.outcome == "worse" else _negative(harm), unit)
         size = f"{value}{unit.suffix}, 95 % interval {low} to {high} (p {_p(c.p_adjusted)}{corrected})"
-        if c.unit == "nats":
+        if c.unit in _LOSSES:
             return f"{c.name} is {'higher' if c.outcome == 'worse' else 'lower'} by {size}"
         return f"the compressed model is {c.outcome} on {c.name} by {size}"
     if _identical(c):
@@ -213,7 +215,7 @@ def _sentence(c: Comparison, comparisons: int) -> str:
 def _needs(c: Comparison) -> str:
     """What a sample that is too small could show, and how many items would do."""
     unit = _unit(c)
-    what = "documents" if c.unit == "nats" else "items"
+    what = "documents" if c.unit in _LOSSES else "items"
     if not math.isfinite(c.detectable):
         few = f"{c.items} {what} are" if c.items > 1 else f"one {what.removesuffix('s')} is"
         return f"{few} too few to find any difference"
@@ -232,7 +234,7 @@ def _needs(c: Comparison) -> str:
 def _alike(c: Comparison) -> str:
     if c.unit == "points":
         return f"right on the same {round(c.model.value * c.items)} of {c.items} items"
-    if c.unit == "nats":
+    if c.unit in _LOSSES:
         return f"the same loss on all {c.items} documents"
     if c.test.startswith("DeLong"):
         return f"the same order of all {c.items} items"
@@ -240,7 +242,7 @@ def _alike(c: Comparison) -> str:
 
 
 def _on(c: Comparison) -> str:
-    return "in" if c.unit == "nats" else "on"
+    return "in" if c.unit in _LOSSES else "on"
 
 
 def _by(c: Comparison) -> str:
@@ -273,8 +275,8 @@ def _listed(names: Sequence[str]) -> str:
 def _unit(c: Comparison) -> _Unit:
     if c.unit == "points":
         return _Unit(100.0, " points", 0.05)
-    if c.unit == "nats":
-        return _Unit(1.0, " nats a token", 0.05, "rise")
+    if c.unit in _LOSSES:
+        return _Unit(1.0, _LOSSES[c.unit], 0.05 if c.unit == "nats" else 0.02, "rise")
     return _Unit(1.0, "", 0.1 * max(abs(c.base.value), abs(c.model.value)))
 
 

@@ -77,7 +77,7 @@ def fixed(value: float, decimals: int, sign: bool) -> str:
 
 
 def unit_words(unit: str) -> str:
-    return {"points": " points", "nats": " nats"}.get(unit, "")
+    return {"points": " points", "nats": " nats", "bits": " bits"}.get(unit, "")
 
 
 def probability(p: float) -> str:

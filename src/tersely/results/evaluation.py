@@ -180,11 +180,12 @@ class Comparison:
 
     difference: model minus base. p: two-sided, of no difference; p_adjusted: corrected for the number of
     comparisons of the evaluation (Holm). detectable: the smallest true difference that a sample of this size finds
-    with a power of 80 % at the 5 % level. unit: "points" (differences times 100 are percentage points) or "nats".
+    with a power of 80 % at the 5 % level. unit: "points" (differences times 100 are percentage points), "nats" of a
+    token, or "bits" of a byte, where the two have other tokens.
     """
 
     name: str
-    unit: Literal["points", "nats", "score"]
+    unit: Literal["points", "nats", "bits", "score"]
     higher_is_better: bool
     items: int
     test: str

@@ -18,14 +18,19 @@ def verdict_section(evaluation: Evaluation | None) -> dict[str, Any] | None:
     base = short(evaluation.base.name, 60) if evaluation.base else ""
     head = short(evaluation.verdict, LONGEST_NOTE) or ("" if base else "Nothing was compared: no base was given.")
     figures = []
-    for unit in ("points", "nats", "score"):
+    for unit in ("points", "nats", "bits", "score"):
         own = [c for c in comparisons if c.unit == unit]
         if own:
             factor = 100 if unit == "points" else 1
             made = [Line(short(c.name, 80), (_difference(c, factor),), c.detectable * factor) for c in own]
             sides = {c.higher_is_better for c in own}
             hints = ("", "") if len(sides) > 1 else ("worse", "better") if sides == {True} else ("better", "worse")
-            named = {"points": "percentage points", "nats": "nats a token", "score": "the task's own unit"}[unit]
+            named = {
+                "points": "percentage points",
+                "nats": "nats a token",
+                "bits": "bits a byte",
+                "score": "the task's own unit",
+            }[unit]
             svg = rows(f"forest-{unit}", f"Differences from the base in {named}", made, unit=named, hints=hints)
             note = "Model minus base with 95 % intervals. Within the grey band lie differences that are smaller than "
             note += "what this sample finds four times in five. Triangle: worse; square: better; circle: none shown."
