@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from tersely.calibrate import micro_batches, read_text, sequences
-from tersely.evaluation import divergence
+from tersely.evaluation import divergence, text_result
 from tersely.evaluation.distributions import compare, workspace
 from tersely.evaluation.divergence import measure_text
 from tersely.runtime import Loaded, load_model, load_tokenizer
@@ -197,7 +197,7 @@ def llama(assets: Path, program: Path, base: Path, compressed: Path) -> dict[str
             space = workspace(rows[0].shape[1], rows[0].device, 2)
             facts.append(divergence._facts(list(compare(rows, [targets, targets], [None, None], space))))
         facts_TF = torch.cat(facts).double()
-    column = {name: facts_TF[:, place] for place, name in enumerate(divergence._FACTS)}
+    column = {name: facts_TF[:, place] for place, name in enumerate(text_result.FACTS)}
     ours = {
         "kl": float(column["kl"].mean()),
         "99 %": float(column["kl"].quantile(0.99)),

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tersely.calibrate import documents, read_text
 from tersely.errors import CheckpointError, DataError, UsageError
 from tersely.evaluation import distributions, divergence
-from tersely.evaluation.divergence import Measured, measure_text, perplexity
+from tersely.evaluation.divergence import measure_text
+from tersely.evaluation.text_result import Measured, perplexity
 from tersely.evaluation.verdict import compare_losses
 from tersely.results import Divergence, Estimate
 from tersely.runtime import Loaded, load_model, load_tokenizer

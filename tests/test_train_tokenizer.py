@@ -37,7 +37,7 @@ from tersely.vocabulary.training.decompounding import surface_parts
 from tersely.vocabulary.training.lib import Chunks, LiB, wordpiece
 from tersely.vocabulary.training.merging import EDGE, Merging
 from tersely.vocabulary.training.pipeline import METASPACE, PATTERNS, assemble, byte_level
-from tersely.vocabulary.training.protocol import silent
+from tersely.vocabulary.training.protocol import Order, silent
 from tersely.vocabulary.training.superbpe import ACROSS_WORDS, SPACE_SIGN, encoded_lines
 from tersely.vocabulary.training.unigram import Unigram
 
@@ -457,12 +457,12 @@ def whole(word: str) -> tuple[str, ...]:
 
 def test_words_that_are_not_split_give_a_plain_unigram() -> None:
     method = CompoundPiece(min_count=1, resolution=1, max_bytes=10_000)
-    assert set(tokens_of(method.train(whole, texts(), SIZE))) == set(tokens_of(Unigram()(texts(), SIZE)))
+    assert set(tokens_of(method.train(whole, Order(texts(), SIZE)))) == set(tokens_of(Unigram()(texts(), SIZE)))
 
 
 def test_no_piece_crosses_from_one_part_to_the_next() -> None:
     method = CompoundPiece(min_count=1, resolution=1)
-    tokenizer = method.train(halves, texts(), 600, special=SPECIAL)
+    tokenizer = method.train(halves, Order(texts(), 600, special=SPECIAL))
     parts = method.parts(words_of(texts(), pipeline(METASPACE)), halves)
     for token in tokens_of(tokenizer)[len(SPECIAL) + 257 :]:
         assert len(token) == 1 or any(token in part for part in parts), token
@@ -541,7 +541,7 @@ def test_a_table_of_parts_says_how_words_are_split(tmp_path: Path) -> None:
     words = {word for text in texts() for word in text.split() if word.isalpha()}
     file.write_text("".join(f"{word}\t{' '.join(halves(word))}\n" for word in sorted(words)), "utf-8")
     by_table = CompoundPiece(table=str(file), min_count=1, resolution=1)(texts(), 600)
-    by_function = CompoundPiece(min_count=1, resolution=1).train(read_parts(file), texts(), 600)
+    by_function = CompoundPiece(min_count=1, resolution=1).train(read_parts(file), Order(texts(), 600))
     assert set(tokens_of(by_table)) == set(tokens_of(by_function))
     assert set(tokens_of(by_table)) != set(tokens_of(CompoundPiece(min_count=1, resolution=1)(texts(), 600)))
     with pytest.raises(DataError, match="cannot be read"):

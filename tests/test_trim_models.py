@@ -6,6 +6,7 @@ Shapes: L tokens, V rows before, K rows that stay.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tersely.checkpoint import Checkpoint, open_checkpoint
+from tersely.export.gguf import write_gguf
 from tersely.graph import read_graph
 from tersely.methods.trim import Frequency
 from tersely.plan.recipe import Trim
+from tersely.runtime import load_tokenizer
 from tersely.vocabulary.counting import count_texts
 from tersely.vocabulary.tokenizer import read_tokenizer
 from tersely.vocabulary.trim import plan_trim, tokenizer_of, trimmed_checkpoint
@@ -108,6 +111,31 @@ def test_trained_models_compute_what_they_did_for_texts_whose_tokens_stay(
     assert pair.tied == (model != "house-llama")
     found = [pair.check(text) for text in texts[150:260]]
     assert 10 < sum(found) < len(found)
+
+
+@pytest.mark.parametrize("model", ["house-llama", "house-qwen3"])
+def test_a_trimmed_model_is_cut_and_computed_alike_in_llama_cpp(
+    model: str, assets: Path, tmp_path: Path, llama: Any
+) -> None:
+    """Any text: ids by the trimmed tokenizer, logits by transformers in float32."""
+    wide = tmp_path / "wide"
+    shutil.copytree(assets / "models" / model, wide, copy_function=shutil.copyfile)
+    import transformers
+
+    transformers.AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32).save_pretrained(wide)
+    texts = sentences(assets, 120)
+    Pair(open_checkpoint(wide), tmp_path / "small", texts[:60], coverage=0.95)
+    write_gguf(tmp_path / "small", tmp_path / "small.gguf")
+    tokenizer: Any = load_tokenizer(tmp_path / "small")
+    network: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    with llama(tmp_path / "small.gguf") as theirs:
+        for text in (*texts[60:100], "Ünïcödé, 東京 and 🙂 were not counted: 12345"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert [i for i in theirs.tokens(text) if i not in tokenizer.all_special_ids] == ids
+        with torch.no_grad():
+            ours = network(torch.tensor([ids])).logits[0]
+        found = theirs.logits(ids)
+    assert float((found - ours).abs().max()) < 1e-3 * float(ours.abs().max())
 
 
 @pytest.mark.parametrize(("model_type", "kind"), [("bert", "wordpiece"), ("t5", "unigram"), ("gpt2", "suffix")])

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
@@ -16,11 +17,8 @@ from tersely.cli.console import console, progress, show
 from tersely.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from tersely.results.renewal import Renewal
-    from tersely.vocabulary.initialise import Initialiser
-
-    Say = Callable[[str, float], None]
     from tersely.plan.recipe import Recipe
+    from tersely.results.renewal import Renewal
     from tersely.vocabulary.counting import Counted
 
 _SAMPLE = 2_000_000
@@ -92,41 +90,17 @@ def train(options: argparse.Namespace) -> None:
 def extend(options: argparse.Namespace) -> None:
     from tersely.vocabulary.renewal import extend_model
 
-    def make(method: Initialiser, vectors: Path | None, say: Say) -> Renewal:
-        return extend_model(
-            options.model,
-            options.out,
-            options.corpus,
-            options.tokens,
-            method,
-            least=options.least,
-            vectors=vectors,
-            seed=options.seed or 0,
-            say=say,
-        )
-
-    _renew(options, make)
+    texts, count = options.corpus, options.tokens
+    _renew(options, partial(extend_model, options.model, options.out, texts, count, least=options.least))
 
 
 def transplant(options: argparse.Namespace) -> None:
     from tersely.vocabulary.renewal import transplant_model
 
-    def make(method: Initialiser, vectors: Path | None, say: Say) -> Renewal:
-        return transplant_model(
-            options.model,
-            options.tokenizer,
-            options.out,
-            method,
-            texts=options.corpus,
-            vectors=vectors,
-            seed=options.seed or 0,
-            say=say,
-        )
-
-    _renew(options, make)
+    _renew(options, partial(transplant_model, options.model, options.tokenizer, options.out, texts=options.corpus))
 
 
-def _renew(options: argparse.Namespace, make: Callable[[Initialiser, Path | None, Say], Renewal]) -> None:
+def _renew(options: argparse.Namespace, make: Callable[..., Renewal]) -> None:
     """Give a model other tokens and say what came out."""
     from tersely.plan.reading import with_settings
     from tersely.report.vocabulary_tables import renewal_table
@@ -134,7 +108,8 @@ def _renew(options: argparse.Namespace, make: Callable[[Initialiser, Path | None
 
     method = with_settings(_named(INITIALISERS, options.method), options.set)
     with progress() as say:
-        found = make(method, None if options.vectors is None else Path(options.vectors), say)
+        vectors = None if options.vectors is None else Path(options.vectors)
+        found = make(initialiser=method, vectors=vectors, seed=options.seed or 0, say=say)
     show(options, dataclasses.asdict(found), lambda: renewal_table(found))
     console(sys.stderr).print(
         f"\nwrote {options.out}; new rows are guesses until they are trained; next: tersely evaluate {options.out} "
@@ -244,7 +219,6 @@ def _tokenizer_file(model: str) -> Path:
 def _recipe(options: argparse.Namespace) -> Recipe:
     """One step, that trims."""
     from tersely.methods.trim import Frequency, Languages
-    from tersely.methods.trim.languages import languages_of
     from tersely.plan.cost import parse_size
     from tersely.plan.recipe import Recipe, Trim
 
@@ -260,8 +234,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         if rows or options.coverage or options.minimum_count:
             raise UsageError("--size says how many tokens stay, and so does another option; leave one out")
         rows = _rows_of(options.model, parse_size(options.size))
-    if not options.corpus:
-        languages_of(options.languages)
     step = Trim(
         "tokens",
         Frequency() if options.corpus else Languages(options.languages),

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tersely.checkpoint import open_checkpoint
 from tersely.demo import CALIBRATION, EVALUATION, MODEL, RECIPE, WEIGHTS, Demo
-from tersely.evaluation.divergence import perplexity
+from tersely.evaluation.text_result import perplexity
 from tersely.graph import read_graph
 from tersely.plan.cost import size
 from tersely.report.blame_tables import blame_table

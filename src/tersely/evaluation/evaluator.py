@@ -16,11 +16,12 @@ import torch
 from tersely import __version__
 from tersely.calibrate import DOCUMENT_SEPARATOR, documents, read_text
 from tersely.errors import UsageError
-from tersely.evaluation.divergence import Measured, measure_text
+from tersely.evaluation.divergence import measure_text
 from tersely.evaluation.statistics import auc, calibration, mean
 from tersely.evaluation.store import Store
 from tersely.evaluation.subject import setting, subject
 from tersely.evaluation.tasks import TaskScores, check_tasks, run_tasks
+from tersely.evaluation.text_result import Measured
 from tersely.evaluation.verdict import compare_answers, compare_auc, compare_losses, overall, settle
 from tersely.results import Comparison, Evaluation, Part, Sample, Subject, TaskResult
 from tersely.runtime import Loaded, load_model, load_tokenizers, max_positions, require_causal, write

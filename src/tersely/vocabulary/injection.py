@@ -115,11 +115,11 @@ def _compare(theirs: Graph, own: Graph, chat: Checkpoint, adapted: Checkpoint, s
         raise UsageError(f"{adapted.source} has {len(own.units)} blocks; the first two and the last two need four")
     before = {(w.unit, w.parameter): w for w in theirs.weights}
     after = {(w.unit, w.parameter): w for w in own.weights}
-    if theirs.model_type != own.model_type or before.keys() != after.keys():
+    if theirs.family != own.family or before.keys() != after.keys():
         missing = sorted(".".join(filter(None, key)) for key in before.keys() ^ after.keys())
         raise CheckpointError(
-            f"{chat.source} ({theirs.model_type}) and {adapted.source} ({own.model_type}) are not one model with "
-            f"another vocabulary: only one has {', '.join(missing[:3]) or 'its type'}"
+            f"{chat.source} ({theirs.family.name}) and {adapted.source} ({own.family.name}) are not one model with "
+            f"another vocabulary: only one has {', '.join(missing[:3]) or 'its family'}"
         )
     for key, weight in after.items():
         old, new = before[key].spec.shape, weight.spec.shape

@@ -5,7 +5,7 @@ from tersely.vocabulary.training.compound import CompoundPiece, encode_parts
 from tersely.vocabulary.training.decompounding import KnownWords, read_parts
 from tersely.vocabulary.training.lib import LiB
 from tersely.vocabulary.training.pipeline import METASPACE, PATTERNS, Pipeline, pipeline
-from tersely.vocabulary.training.protocol import Training
+from tersely.vocabulary.training.protocol import Order, Training
 from tersely.vocabulary.training.superbpe import SuperBPE
 from tersely.vocabulary.training.unigram import Unigram
 
@@ -15,6 +15,7 @@ __all__ = [
     "TRAININGS",
     "CompoundPiece",
     "KnownWords",
+    "Order",
     "Pipeline",
     "SuperBPE",
     "Training",

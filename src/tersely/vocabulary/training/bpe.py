@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, trainers
 
 from tersely.errors import UsageError
 from tersely.vocabulary.training.pipeline import ALPHABET, FALLBACK, UNKNOWN, Pipeline, assemble, pipeline
-from tersely.vocabulary.training.protocol import Progress, checked, require_size, silent
+from tersely.vocabulary.training.protocol import Order, Training, checked
 
 
 @dataclass(frozen=True)
-class BPE:
+class BPE(Training):
     """Merge the most frequent pair of neighbours, again and again.
 
     A text falls into words by the pre-tokenizer; no merge crosses them. Of pairs that are equally frequent, the one
@@ -30,23 +30,12 @@ class BPE:
     """Share of the text whose characters have tokens, where these are not bytes: the rest is written in bytes, or
     unknown (SentencePiece's default)."""
 
-    def __call__(
-        self,
-        texts: Iterable[str],
-        size: int,
-        *,
-        special: Sequence[str] = (),
-        around: Pipeline | None = None,
-        say: Progress = silent,
-    ) -> Tokenizer:
-        around = around or pipeline("gpt-4")
-        reserved = atoms_of(around, special)
-        texts = checked(texts, special, size, len(ALPHABET) if around.atoms == "bytes" else len(reserved) + 1)
-        say("reading the text", 0.0)
-        alphabet = ALPHABET if around.atoms == "bytes" else covering(texts, around, self.coverage)
+    def trained(self, order: Order) -> Tokenizer:
+        around = order.around or pipeline("gpt-4")
+        texts, reserved, alphabet = begun(order, around, self.coverage)
         tokenizer = assemble({"type": "BPE", "vocab": {}, "merges": []}, around)
         trainer = trainers.BpeTrainer(
-            vocab_size=size - len(special) - len(reserved),
+            vocab_size=order.size - len(order.special) - len(reserved),
             min_frequency=self.min_frequency,
             initial_alphabet=list(alphabet),
             limit_alphabet=len(alphabet),
@@ -55,10 +44,16 @@ class BPE:
         tokenizer.train_from_iterator(texts, trainer)
         trained = json.loads(tokenizer.to_str())["model"]
         tokens = sorted(trained["vocab"], key=trained["vocab"].__getitem__)
-        made = bpe_model([*special, *reserved, *tokens], trained["merges"], around)
-        require_size(len(made["vocab"]), size)
-        say("trained", 1.0)
-        return assemble(made, around, special)
+        made = bpe_model([*order.special, *reserved, *tokens], trained["merges"], around)
+        return assemble(made, around, order.special)
+
+
+def begun(order: Order, around: Pipeline, coverage: float) -> tuple[Iterable[str], tuple[str, ...], Sequence[str]]:
+    """The texts, checked; the tokens that come before what is learnt; and the alphabet that is learnt from."""
+    reserved, whole = atoms_of(around, order.special), around.atoms == "bytes"
+    texts = checked(order.texts, order.special, order.size, len(ALPHABET) if whole else len(reserved) + 1)
+    order.say("reading the text", 0.0)
+    return texts, reserved, ALPHABET if whole else covering(texts, around, coverage)
 
 
 def atoms_of(around: Pipeline, special: Sequence[str]) -> tuple[str, ...]:

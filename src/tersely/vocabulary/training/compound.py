@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,17 +11,17 @@ from tokenizers import Tokenizer
 
 from tersely.errors import DataError, UsageError
 from tersely.vocabulary.pieces import SIGNS, SPACE
-from tersely.vocabulary.training.bpe import atoms_of, covering, words_of
+from tersely.vocabulary.training.bpe import begun, words_of
 from tersely.vocabulary.training.decompounding import Decompound, KnownWords, read_parts, surface_parts
 from tersely.vocabulary.training.pipeline import Pipeline, assemble, pipeline
-from tersely.vocabulary.training.protocol import Progress, checked, require_size, silent
+from tersely.vocabulary.training.protocol import Order, Training, completed
 from tersely.vocabulary.training.unigram import Unigram, unigram_model
 
 _SPACES = (SPACE, SIGNS[ord(" ")], " ")
 
 
 @dataclass(frozen=True)
-class CompoundPiece:
+class CompoundPiece(Training):
     """A Unigram of the parts of compound words: no piece that it learns crosses from one part to the next.
 
     Words of at least `min_count` and under `max_bytes` are split, each kind once, and Unigram is trained on the parts,
@@ -43,56 +43,36 @@ class CompoundPiece:
     coverage: float = 0.9995
     """Share of the text whose characters have pieces, where these are not bytes."""
 
-    def __call__(
-        self,
-        texts: Iterable[str],
-        size: int,
-        *,
-        special: Sequence[str] = (),
-        around: Pipeline | None = None,
-        say: Progress = silent,
-    ) -> Tokenizer:
-        split = read_parts(self.table) if self.table else None
-        return self.train(split, texts, size, special=special, around=around, say=say)
+    def trained(self, order: Order) -> Tokenizer:
+        return self._made(read_parts(self.table) if self.table else None, order)
 
-    def train(
-        self,
-        split: Decompound | None,
-        texts: Iterable[str],
-        size: int,
-        *,
-        special: Sequence[str] = (),
-        around: Pipeline | None = None,
-        say: Progress = silent,
-    ) -> Tokenizer:
+    def train(self, split: Decompound, order: Order) -> Tokenizer:
+        """With this decompounder in the place of a table."""
+        return completed(self._made(split, order), order)
+
+    def _made(self, split: Decompound | None, order: Order) -> Tokenizer:
         """With this decompounder; None: into words that the texts know."""
         if min(self.min_count, self.max_bytes, self.resolution) < 1:
             raise UsageError(
                 f"min_count={self.min_count}, max_bytes={self.max_bytes}, resolution={self.resolution}: at least 1"
             )
-        around = around or pipeline("metaspace")
+        around = order.around or pipeline("metaspace")
         if around.atoms == "bytes":
             raise UsageError("compound splits words, not bytes; give a pre-tokenizer over characters: metaspace")
-        reserved = atoms_of(around, special)
-        texts = checked(texts, special, size, len(reserved) + 1)
-        say("reading the text", 0.0)
-        alphabet = covering(texts, around, self.coverage)
+        texts, reserved, alphabet = begun(order, around, self.coverage)
         words = words_of(texts, around)
-        say("splitting words", 0.2)
+        order.say("splitting words", 0.2)
         parts = self.parts(words, split or known_words(words))
         if not parts:
             raise DataError(
                 f"no word of under {self.max_bytes} bytes stands {self.min_count} times in the text; "
                 "give more text or a lower min_count"
             )
-        say("training", 0.5)
+        order.say("training", 0.5)
         # The parts are words already: nothing is to cut them again.
         bare = Pipeline(around.atoms, None, None, None)
-        pieces = Unigram().pieces(_Repeated(parts), size - len(special) - len(reserved), alphabet, bare)
-        made = unigram_model(pieces, special, reserved, around)
-        require_size(len(made["vocab"]), size)
-        say("trained", 1.0)
-        return assemble(made, around, special)
+        pieces = Unigram().pieces(_Repeated(parts), order.size - len(order.special) - len(reserved), alphabet, bare)
+        return assemble(unigram_model(pieces, order.special, reserved, around), around, order.special)
 
     def parts(self, words: Mapping[str, int], split: Decompound) -> dict[str, int]:
         """Part -> how often it is trained on; the space before a word stays with its first part."""

@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from tersely.errors import UsageError
 from tersely.vocabulary.pieces import SIGNS
-from tersely.vocabulary.training.pipeline import ALPHABET, UNKNOWN, Pipeline, assemble, byte_level
-from tersely.vocabulary.training.protocol import Progress, checked, require_size, silent
+from tersely.vocabulary.training.pipeline import ALPHABET, UNKNOWN, assemble, byte_level
+from tersely.vocabulary.training.protocol import Order, Training, checked
 
 _LONGEST = 100
 """Characters of a sentence."""
@@ -29,7 +29,7 @@ _ASCII = 128
 
 
 @dataclass(frozen=True)
-class LiB:
+class LiB(Training):
     """Learn words, parts of words and phrases from reading: few tokens on a text, of few kinds.
 
     A list of chunks, the best in front, begins with the characters of the texts. Each epoch reads an article, some
@@ -62,16 +62,9 @@ class LiB:
     life: int = 10
     seed: int = 0
 
-    def __call__(
-        self,
-        texts: Iterable[str],
-        size: int,
-        *,
-        special: Sequence[str] = (),
-        around: Pipeline | None = None,
-        say: Progress = silent,
-    ) -> Tokenizer:
-        if around is not None:
+    def trained(self, order: Order) -> Tokenizer:
+        size, special = order.size, order.special
+        if order.around is not None:
             raise UsageError("lib reads sentences and takes no pre-tokenizer; leave it out")
         shares = {"memorise": self.memorise, "rate": self.rate, "tail": self.tail}
         numbers = {"epochs": self.epochs, "sentences": self.sentences, "max_length": self.max_length, "life": self.life}
@@ -79,9 +72,9 @@ class LiB:
         wrong += [f"{name}={value}" for name, value in numbers.items() if value < 1]
         if wrong:
             raise UsageError(f"{', '.join(wrong)}: give shares from 0 to 1, and numbers of at least 1")
-        say("reading the text", 0.0)
+        order.say("reading the text", 0.0)
         cut = pre_tokenizers.Split(Regex(SENTENCE), "isolated")
-        texts = checked(texts, special, size, len(ALPHABET))
+        texts = checked(order.texts, special, size, len(ALPHABET))
         sentences = [sentence for text in texts for sentence, _ in cut.pre_tokenize_str(text)]
         counts = Counter(character for sentence in sentences for character in sentence)
         characters = sorted(counts, key=lambda character: (-counts[character], character))
@@ -95,12 +88,9 @@ class LiB:
             first = draw.randrange(max(1, len(sentences) - self.sentences + 1))
             chunks.read(sentences[first : first + self.sentences], draw)
             if epoch % 50 == 0:
-                say("reading", epoch / self.epochs)
+                order.say("reading", epoch / self.epochs)
         longer = [chunk for chunk in chunks.order if len(chunk) > 1]
-        tokenizer = wordpiece([*own, *longer[: size - len(special) - len(ALPHABET) - len(own)]], special)
-        require_size(tokenizer.get_vocab_size(), size)
-        say("trained", 1.0)
-        return tokenizer
+        return wordpiece([*own, *longer[: size - len(special) - len(ALPHABET) - len(own)]], special)
 
 
 class Chunks:

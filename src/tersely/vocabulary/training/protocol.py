@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import ClassVar
 
 from tokenizers import Tokenizer
 
@@ -14,27 +16,58 @@ Progress = Callable[[str, float], None]
 """Told what is done now, and which share of it."""
 
 
-class Training(Protocol):
+def silent(what: str, share: float) -> None:
+    """Progress that nobody asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What a tokenizer is made of."""
+
+    texts: Iterable[str]
+    """May be read several times, in the same order, and need not fit into memory."""
+    size: int
+    """Tokens, the special ones included."""
+    special: Sequence[str] = ()
+    """They come first."""
+    around: Pipeline | None = None
+    """What is done to a text before and after; None for the method's own."""
+    say: Progress = silent
+
+
+class Training(ABC):
     """Makes a tokenizer of texts. A frozen dataclass of settings, with the authors' defaults."""
 
     name: ClassVar[str]
 
     def __call__(
-        self, texts: Iterable[str], size: int, *, special: Sequence[str], around: Pipeline | None, say: Progress
+        self,
+        texts: Iterable[str],
+        size: int,
+        *,
+        special: Sequence[str] = (),
+        around: Pipeline | None = None,
+        say: Progress = silent,
     ) -> Tokenizer:
-        """A tokenizer of exactly `size` tokens, the special ones among them and first; of at most so many where the
-        method says so.
+        """A tokenizer of exactly `size` tokens, the special ones among them and first.
 
-        texts may be read several times, in the same order, and need not fit into memory. around: what is done to a
-        text before and after; None for the method's own. The tokenizer may be saved as tokenizer.json as it is.
-        Raises UsageError: settings that cannot be, a size below that of the alphabet; DataError: no text, or too
-        little of it for `size`.
+        It may be saved as tokenizer.json as it is. Raises UsageError: settings that cannot be, a size below that of the
+        alphabet; DataError: no text, or too little of it for `size`.
         """
+        order = Order(texts, size, special, around, say)
+        return completed(self.trained(order), order)
+
+    @abstractmethod
+    def trained(self, order: Order) -> Tokenizer:
+        """Train; how many tokens there are is looked at by the caller."""
         ...
 
 
-def silent(what: str, share: float) -> None:
-    """Progress that nobody asked for."""
+def completed(made: Tokenizer, order: Order) -> Tokenizer:
+    """The tokenizer itself. Raises DataError: it has fewer tokens than were asked for; UsageError: more."""
+    require_size(made.get_vocab_size(with_added_tokens=True), order.size)
+    order.say("trained", 1.0)
+    return made
 
 
 def checked(texts: Iterable[str], special: Sequence[str], size: int, atoms: int) -> Iterable[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import ClassVar
@@ -16,8 +16,8 @@ from tersely.errors import UsageError
 from tersely.vocabulary.pieces import SIGNS
 from tersely.vocabulary.training.bpe import BPE, bpe_model
 from tersely.vocabulary.training.merging import EDGE, Merging, joined
-from tersely.vocabulary.training.pipeline import ALPHABET, Pipeline, assemble, byte_level, pipeline
-from tersely.vocabulary.training.protocol import Progress, checked, require_size, silent
+from tersely.vocabulary.training.pipeline import ALPHABET, assemble, byte_level, pipeline
+from tersely.vocabulary.training.protocol import Order, Training, checked
 
 ACROSS_WORDS = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]{2,}[\r\n/]*| +(?!\S)"
 """What stays apart in the second stage: up to three digits, runs of punctuation, spaces before a space or an end."""
@@ -28,7 +28,7 @@ _BEGUN = 0.2
 
 
 @dataclass(frozen=True)
-class SuperBPE:
+class SuperBPE(Training):
     """Learn words as BPE does, then go on merging across spaces: "of the", "in order to".
 
     The first stage is BPE within words, up to a share of the size. The second goes on from its merges on whole lines,
@@ -49,16 +49,9 @@ class SuperBPE:
     min_frequency: int = 2
     """Of a pair that is merged."""
 
-    def __call__(
-        self,
-        texts: Iterable[str],
-        size: int,
-        *,
-        special: Sequence[str] = (),
-        around: Pipeline | None = None,
-        say: Progress = silent,
-    ) -> Tokenizer:
-        around = around or pipeline("gpt-4o")
+    def trained(self, order: Order) -> Tokenizer:
+        size, special, say = order.size, order.special, order.say
+        around = order.around or pipeline("gpt-4o")
         if around.atoms != "bytes":
             raise UsageError("superbpe is byte-level; give a pre-tokenizer over bytes: gpt-2, gpt-4, gpt-4o or qwen-2")
         if not 0 < self.transition <= 1 or self.words < 1:
@@ -66,7 +59,7 @@ class SuperBPE:
                 f"transition={self.transition}, words={self.words}: give a share of the size above 0, of at most 1, "
                 "and at least 1 word"
             )
-        texts = checked(texts, special, size, len(ALPHABET))
+        texts = checked(order.texts, special, size, len(ALPHABET))
         first = max(round(self.transition * size), len(special) + len(ALPHABET))
         within = BPE(min_frequency=self.min_frequency)(
             texts, first, special=special, around=around, say=lambda what, share: say(what, share * _BEGUN)
@@ -82,8 +75,6 @@ class SuperBPE:
             merging = Merging(cells, tokens, merged, self.min_frequency)
             merging.extend(size, self.allows, lambda share: say("merging across words", _BEGUN + (1 - _BEGUN) * share))
             model["merges"] = [(tokens[left], tokens[right]) for left, right in merging.merges]
-        require_size(len(tokens), size)
-        say("trained", 1.0)
         return assemble(bpe_model(tokens, model["merges"], whole), whole, special)
 
     def allows(self, token: str) -> bool:

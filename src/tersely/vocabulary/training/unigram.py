@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 from tokenizers import Tokenizer, trainers
 
-from tersely.vocabulary.training.bpe import atoms_of, covering
-from tersely.vocabulary.training.pipeline import ALPHABET, UNKNOWN, Pipeline, assemble, pipeline
-from tersely.vocabulary.training.protocol import Progress, checked, require_size, silent
+from tersely.vocabulary.training.bpe import begun
+from tersely.vocabulary.training.pipeline import UNKNOWN, Pipeline, assemble, pipeline
+from tersely.vocabulary.training.protocol import Order, Training
 
 
 @dataclass(frozen=True)
-class Unigram:
+class Unigram(Training):
     """Keep the pieces whose loss would make the text least likely; a text is cut where its likelihood is highest.
 
     Begins with the frequent substrings of words, and alternates EM steps with pruning a share of the pieces.
@@ -34,25 +34,11 @@ class Unigram:
     coverage: float = 0.9995
     """Share of the text whose characters have pieces, where these are not bytes."""
 
-    def __call__(
-        self,
-        texts: Iterable[str],
-        size: int,
-        *,
-        special: Sequence[str] = (),
-        around: Pipeline | None = None,
-        say: Progress = silent,
-    ) -> Tokenizer:
-        around = around or pipeline("metaspace")
-        reserved = atoms_of(around, special)
-        texts = checked(texts, special, size, len(ALPHABET) if around.atoms == "bytes" else len(reserved) + 1)
-        say("reading the text", 0.0)
-        alphabet = ALPHABET if around.atoms == "bytes" else covering(texts, around, self.coverage)
-        pieces = self.pieces(texts, size - len(special) - len(reserved), alphabet, around)
-        made = unigram_model(pieces, special, reserved, around)
-        require_size(len(made["vocab"]), size)
-        say("trained", 1.0)
-        return assemble(made, around, special)
+    def trained(self, order: Order) -> Tokenizer:
+        around = order.around or pipeline("metaspace")
+        texts, reserved, alphabet = begun(order, around, self.coverage)
+        pieces = self.pieces(texts, order.size - len(order.special) - len(reserved), alphabet, around)
+        return assemble(unigram_model(pieces, order.special, reserved, around), around, order.special)
 
     def pieces(
         self, texts: Iterable[str], size: int, alphabet: Sequence[str], around: Pipeline
