@@ -208,6 +208,7 @@ def test_a_trimmed_vocabulary_is_compared_over_the_tokens_that_both_have(tmp_pat
     assert any("2 of 3 documents alike" in note for note in measured.notes)
     assert measured.unit == "bits"
     assert len(measured.sizes) == 3
+    assert measured.result.whole is None
     assert any("vocabularies differ" in note for note in measured.notes)
 
 

@@ -86,6 +86,26 @@ def test_a_trim_is_the_same_bytes_alone_and_before_other_steps(source: Path, tex
     assert cli.main(["verify", str(one.path), "--source", str(source)]) == 0
 
 
+def test_documents_that_lost_nothing_do_not_speak_for_the_others(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some documents are cut as before, and their KL is 0; the verdict and the page's first numbers are of all."""
+    out = trimmed(source, text, tmp_path, "--coverage", 0.97, "--multiple", 1)
+    job = ["evaluate", str(out), "--against", str(source), "--text", str(text), "--writing", "0"]
+    capsys.readouterr()
+    assert cli.main([*job, "--store", str(tmp_path / "runs.db"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["text"]["divergence"]["documents"] < found["text"]["documents"] == found["comparisons"][0]["items"]
+    assert found["text"]["divergence"]["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert found["comparisons"][0]["unit"] == "bits"
+    assert "its predictions are those" not in found["verdict"]
+    assert cli.main(["report", str(out), "--store", str(tmp_path / "runs.db"), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert "loss against the base, bits a byte" in page
+    assert "those that both tokenizers cut alike" in page
+    assert "its predictions are those" not in page
+
+
 def test_a_dry_run_writes_nothing_and_says_what_would_stay(
     source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

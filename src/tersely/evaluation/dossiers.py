@@ -98,7 +98,7 @@ def merged(evaluations: Sequence[Evaluation]) -> Evaluation | None:
         first,
         text=text,
         tasks=tuple(tasks.values()),
-        verdict="" if first.base is None else overall(settled, None if text is None else text.divergence),
+        verdict="" if first.base is None else overall(settled, None if text is None else text.whole),
         comparisons=settled,
         samples=next((each.samples for each in against if each.samples), ()),
         notes=tuple(dict.fromkeys(note for each in against for note in each.notes)),

@@ -160,8 +160,7 @@ def evaluate(
         say("writing samples", shares.tasks)
         written = _written(models, content, writing)
     settled = settle(comparisons)
-    # Of the documents that are cut alike only, where the losses are of all.
-    apart = None if measured is None or measured.unit == "bits" else measured.result.divergence
+    apart = None if measured is None else measured.result.whole
     result = Evaluation(
         model=subjects[0],
         base=base,

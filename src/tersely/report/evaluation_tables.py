@@ -50,16 +50,22 @@ def interval(estimate: Estimate | None, factor: float = 1, digits: int = 4) -> s
 
 def _text_table(text: TextResult) -> RenderableType:
     found = text.divergence
+    part = "" if found is None or text.whole else f", {found.documents} of {text.documents} {text.kind}"
     rows: list[tuple[str, str, str, str]] = [("loss", number(text.loss), interval(text.loss), "nats a token")]
     if found is not None:
         rows += [
             (
-                "loss of the base" + (", shared tokens" if found.vocabulary == "shared" else ""),
+                f"loss of the base{', shared tokens' if found.vocabulary == 'shared' else ''}{part}",
                 number(found.base_loss),
                 interval(found.base_loss),
                 "",
             ),
-            ("difference", number(found.loss_difference), interval(found.loss_difference), "paired; above 0: worse"),
+            (
+                f"difference{part}",
+                number(found.loss_difference),
+                interval(found.loss_difference),
+                "paired; above 0: worse",
+            ),
         ]
     rows += [
         ("perplexity", f"{text.perplexity:.3f}", "", ""),
@@ -68,7 +74,7 @@ def _text_table(text: TextResult) -> RenderableType:
     if found is not None:
         quantiles = found.kl_quantiles
         rows += [
-            ("KL divergence", number(found.kl), interval(found.kl), "nats a token, base || model"),
+            (f"KL divergence{part}", number(found.kl), interval(found.kl), "nats a token, base || model"),
             ("  of the median token", f"{quantiles['0.5']:.4f}", "", f"99th percentile {quantiles['0.99']:.3f}"),
             ("same top token", *_percent(found.top1_agreement), "%"),
             ("overlap of the top five", *_percent(found.top5_agreement), "%"),

@@ -110,6 +110,12 @@ class TextResult:
     by_frequency: tuple[Bin, ...]
     divergence: Divergence | None = None
 
+    @property
+    def whole(self) -> Divergence | None:
+        """The divergence where it is of all documents. Those that two tokenizers cut alike speak for no others: in a
+        trimmed vocabulary they are the ones that lost nothing."""
+        return self.divergence if self.divergence and self.divergence.documents == self.documents else None
+
 
 @dataclass(frozen=True)
 class Part:

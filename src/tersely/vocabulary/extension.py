@@ -23,11 +23,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tersely.errors import CheckpointError, DataError, UsageError, first_line
-from tersely.vocabulary.pieces import SPACE, unknown_of, writing_of
+from tersely.vocabulary.pieces import BYTE_TOKEN, SPACE, unknown_of, writing_of
 
 Say = Callable[[str, float], None]
 _SPACED_WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _BONUS = 2.0**-10
 """By which the logarithm of a new unigram piece is above that of its parts: enough to win, too little for more."""
 _ROUNDS = 10
@@ -116,7 +115,7 @@ class _Grown:
         self.unknown = unknown_of(model, ids)
         self.spaced = writing_of(plain) == "spaces"
         added = {token["content"] for token in plain["added_tokens"]}
-        self.pieces = tuple(token for token in ids if token not in added and not _BYTE.fullmatch(token))
+        self.pieces = tuple(token for token in ids if token not in added and not BYTE_TOKEN.fullmatch(token))
         digits = [token for token in self.pieces if _digits(token)]
         self.single_digits = not any(_digits(token) > 1 for token in digits)
         self.lonely_digits = not any(len(token.removeprefix(self.inner)) > 1 for token in digits)
@@ -155,7 +154,7 @@ class _Grown:
     def joined(self, first: str, second: str) -> str | None:
         """What two tokens make; None where that is no token to have."""
         made = first + (second[len(self.inner) :] if self.inner else second)
-        if made in self._ids or _BYTE.fullmatch(first) or _BYTE.fullmatch(second):
+        if made in self._ids or BYTE_TOKEN.fullmatch(first) or BYTE_TOKEN.fullmatch(second):
             return None
         if _digits(made) and (self.lonely_digits or (self.single_digits and _digits(made) > 1)):
             return None
@@ -239,7 +238,7 @@ def _characters(grown: _Grown, counted: Mapping[str, int], count: int, least: in
             often[marked] += times
     model = grown.loaded().model
     lost = [(sign, times) for sign, times in often.items() if times >= least and sign not in grown]
-    lost = [(sign, times) for sign, times in lost if not _BYTE.fullmatch(_alone(model, sign))]
+    lost = [(sign, times) for sign, times in lost if not BYTE_TOKEN.fullmatch(_alone(model, sign))]
     chosen = [sign for sign, _ in sorted(lost, key=lambda pair: (-pair[1], pair[0]))[: count // 2]]
     if grown.kind != "WordPiece":
         return chosen

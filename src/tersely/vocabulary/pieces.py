@@ -20,7 +20,8 @@ Writing = Literal["bytes", "spaces", "words", "plain"]
 """How tokens are written: a sign for each byte; spaces as ▁; words, with a prefix inside of them; as they stand."""
 ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 SPACE = "\u2581"
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""A byte by its number, where characters have no token."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [byte for byte in range(256) if byte not in _PRINTED]
@@ -221,7 +222,7 @@ def _piece(token: str, special: bool, added: bool, writing: Writing, prefix: str
         # A sign that stands for no byte can only be what somebody put there by hand.
         own = bytes(BYTES[sign] for sign in token) if all(sign in BYTES for sign in token) else token.encode("utf-8")
         return Piece(token, own)
-    if (byte := _BYTE.fullmatch(token)) is not None:
+    if (byte := BYTE_TOKEN.fullmatch(token)) is not None:
         return Piece(token, bytes([int(byte[1], 16)]), byte=True)
     if writing == "spaces":
         return Piece(token, token.replace(SPACE, " ").encode("utf-8"))

@@ -12,7 +12,7 @@ from tersely.checkpoint import Checkpoint, refuse_foreign_link, stream
 from tersely.checkpoint.files import json_object
 from tersely.errors import CheckpointError, first_line
 from tersely.vocabulary.agreement import check_declared, loaded_ids, named_ids, special_ids
-from tersely.vocabulary.pieces import BYTES, pair, steps
+from tersely.vocabulary.pieces import BYTE_TOKEN, BYTES, pair, steps
 from tersely.vocabulary.references import ADDED, CONFIGS, NAMED, TEMPLATES, TOKENIZER, VOCAB
 
 __all__ = ["TOKENIZER", "Kind", "Vocabulary", "forms", "read_tokenizer", "read_tokenizer_folder"]
@@ -26,7 +26,6 @@ _PUT = ("content", "prepend", "replacement")
 """What steps of a normalizer or pre-tokenizer call the text that they put."""
 _READ = re.compile(r".*\.(json|jinja|txt|model|tiktoken|spm|bpe|codes)|tokenizer\.model.*")
 _TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +144,7 @@ def _understood(config: dict[str, Any] | None, plain: Mapping[str, Any], files: 
     suffix = model.get("end_of_word_suffix") or "" if kind == "bpe" else ""
     byte_fallback = bool(model.get("byte_fallback"))
     cutting = [step for key in ("normalizer", "pre_tokenizer") for step in steps(own, key)]
-    single = {i for token, i in model_ids.items() if byte_fallback and _BYTE.fullmatch(token)}
+    single = {i for token, i in model_ids.items() if byte_fallback and BYTE_TOKEN.fullmatch(token)}
     if any(step["type"] == "ByteLevel" for step in cutting):
         single |= forms(BYTES, model_ids, prefix, suffix)
     # Spaces are put as another character, which read from its bytes would not become a space again.

@@ -13,7 +13,7 @@ from tersely.results import Bin, Divergence, TextResult
 
 
 def text_section(text: TextResult) -> dict[str, Any]:
-    d = text.divergence
+    d = text.whole
     head = f"{text.tokens:,} predicted tokens of {text.documents:,} {text.kind}"
     head += f" (of {text.available:,})" if text.available > text.documents else ""
     head += f", at most {text.context:,} tokens each"
@@ -63,7 +63,7 @@ def text_section(text: TextResult) -> dict[str, Any]:
         "head": head,
         "sha256": text.sha256,
         "table": Table("The text", ("", "model", "base", "difference"), tuple(body)),
-        "divergence": _divergence(d) if d else None,
+        "divergence": _divergence(text.divergence, text.documents) if text.divergence else None,
         "figures": figures,
         "bins": [
             _bin_table("By place in the sequence", "place", text.by_position),
@@ -72,7 +72,7 @@ def text_section(text: TextResult) -> dict[str, Any]:
     }
 
 
-def _divergence(d: Divergence) -> dict[str, Any]:
+def _divergence(d: Divergence, documents: int) -> dict[str, Any]:
     body = [
         ("KL divergence, nats a token", "how far the predictions moved; 0: not at all", measured(d.kl)),
         ("same top token", "both find the same token most likely", measured(d.top1_agreement, 100, " %")),
@@ -105,7 +105,8 @@ def _divergence(d: Divergence) -> dict[str, Any]:
         "quantiles": quantiles if d.kl_quantiles else None,
         "ranks": ranks if d.rank else None,
         "vocabulary": known,
-        "compared": f"Compared on {d.tokens:,} tokens of {d.documents:,} documents.",
+        "compared": f"Compared on {d.tokens:,} tokens of {d.documents:,} documents"
+        + (f" of {documents:,}, those that both tokenizers cut alike." if d.documents < documents else "."),
     }
 
 

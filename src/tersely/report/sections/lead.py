@@ -48,8 +48,7 @@ def first_facts(dossier: Dossier) -> list[tuple[str, str, str]]:
     elif evaluation:
         made.append(("weights", size(evaluation.model.bytes), f"{counted(evaluation.model.parameters)} parameters"))
     text = evaluation.text if evaluation else None
-    if text and text.divergence:
-        d = text.divergence
+    if text and (d := text.whole):
         for label, estimate, factor, unit, sign in (
             ("KL divergence, nats a token", d.kl, 1, "", False),
             ("loss against the base, nats", d.loss_difference, 1, "", True),
@@ -61,6 +60,10 @@ def first_facts(dossier: Dossier) -> list[tuple[str, str, str]]:
         shown = measured(text.loss)
         made.append(("loss, nats a token", shown.text, shown.below))
         made.append(("perplexity", number(text.perplexity), f"on {short(text.text, 60)}"))
+    for c in evaluation.comparisons if evaluation else ():
+        if c.unit == "bits":
+            shown = measured(c.difference, sign=True)
+            made.append(("loss against the base, bits a byte", shown.text, shown.below))
     for speed, base in pairs(dossier)[:1]:
         points = [p for p in speed.points if p.phase == "decode"] or list(speed.points)
         if points:

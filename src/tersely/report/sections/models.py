@@ -24,7 +24,7 @@ def model_section(dossiers: Sequence[Dossier]) -> dict[str, Any]:
     comparable: list[Dossier] = []
     unlike: list[Dossier] = []
     for d in dossiers:
-        if d.evaluation and d.evaluation.text and d.evaluation.text.divergence:
+        if d.evaluation and d.evaluation.text and d.evaluation.text.whole:
             (comparable if text and _same_text(main, d.evaluation) else unlike).append(d)
     tasks = _shared_tasks(dossiers)
     headers = (
@@ -97,7 +97,7 @@ def _task_figure(dossiers: Sequence[Dossier], task: TaskResult, place: int, numb
 def _row(dossier: Dossier, place: str, alike: bool) -> tuple[Cell, ...]:
     """A model in the table of all. alike: whether its divergence may stand beside the others'."""
     d, e, report = dossier, dossier.evaluation, dossier.report
-    moved = e.text.divergence if e and e.text else None
+    moved = e.text.whole if e and e.text else None
     speed = next(iter(pairs(d)), (None, None))[0]
     points = [p for p in speed.points if p.phase == "decode"] if speed else []
     decode = min(points, key=lambda p: (p.batch, p.length), default=None)
@@ -144,8 +144,8 @@ def _same_text(one: Evaluation | None, other: Evaluation) -> bool:
 def _kl(dossier: Dossier) -> Estimate:
     assert dossier.evaluation is not None
     assert dossier.evaluation.text is not None
-    assert dossier.evaluation.text.divergence is not None
-    return dossier.evaluation.text.divergence.kl
+    assert dossier.evaluation.text.whole is not None
+    return dossier.evaluation.text.whole.kl
 
 
 def _bytes(dossier: Dossier) -> int:
