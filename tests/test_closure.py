@@ -107,7 +107,7 @@ def test_a_whole_word_that_no_merges_make_needs_nothing_else(of_kind: Callable[[
     assert Closure(vocabulary).closed([word]) == {word}
 
 
-def test_long_tokens_are_derived_as_fast_as_they_are_merged(tmp_path: Path) -> None:
+def test_a_long_token_needs_all_that_it_is_made_of(tmp_path: Path) -> None:
     vocab = ["=" * n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)]
     vocabulary = read(tmp_path, bpe(vocab, [(half, half) for half in vocab[:-1]]))
     assert Closure(vocabulary).closed([9]) == set(range(10))
